@@ -1,0 +1,204 @@
+"""The AW-convolution as a function of its kernel and attention maps, and the backends that compute it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _Geometry(NamedTuple):
+    """How the kernel moves over the input: every field as ``torch.nn.functional.conv2d`` takes it."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+# (input, per-sample kernels (N, C2, C1/groups, kh, kw), geometry) -> output
+_Backend = Callable[[Tensor, Tensor, _Geometry], Tensor]
+
+
+def aw_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    residual: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Convolves every sample with its own, attended kernel (Zhu et al., ICANN 2021, arXiv 2108.08205).
+
+    .. math:: O_{n,c_2,y,x} = \sum_{c_1,i,j} I_{n,c_1,y+i,x+j} \, K_{c_2,c_1,i,j} \, (1 + A_{n,c_2,c_1,i,j})
+
+    with :math:`K A` in place of :math:`K (1 + A)` when ``residual`` is false. All other arguments mean what they
+    mean in :func:`torch.nn.functional.conv2d`. Under autocast the kernel is cast before it is multiplied, so that
+    the per-sample kernels are only ever held in the low-precision type.
+
+    Args:
+        input: Images or features, shape (N, C1, H, W); any memory format, which the output keeps.
+        weight: The kernel K shared by all samples, shape (C2, C1 / groups, kh, kw).
+        attention: The attention maps A, shape (N, C2, C1 / groups / share, kh, kw): each value serves ``share``
+            consecutive input channels, and ``share`` is read from the shapes.
+        bias: Shape (C2,), or None.
+        stride: Step of the kernel, in pixels.
+        padding: Zero padding in pixels on each side, or ``"same"`` (stride 1 only) or ``"valid"``.
+        dilation: Distance between kernel elements, in pixels.
+        groups: Number of blocks of channels that are convolved apart.
+        residual: Scale the kernel by 1 + A rather than by A.
+        backend: ``"grouped"`` (the batch folded into the groups of one convolution), ``"gemm"`` (unfold and batched
+            matrix product; exports with a dynamic batch), or ``"auto"`` (the faster one for these shapes).
+
+    Returns:
+        The output O, shape (N, C2, H', W').
+
+    Raises:
+        ValueError: If shapes do not fit together or the backend is unknown; the message names the argument.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
+    _check_shapes(input, weight, attention, bias, groups)
+    geometry_stride, geometry_dilation = _pair(stride), _pair(dilation)
+    input, symmetric = _resolve_padding(input, padding, weight, geometry_stride, geometry_dilation)
+    geometry = _Geometry(geometry_stride, symmetric, geometry_dilation, groups)
+
+    device_type = input.device.type
+    scale = 1 + attention if residual else attention
+    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        input, weight, scale = input.to(dtype), weight.to(dtype), scale.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    elif scale.dtype != weight.dtype:
+        raise ValueError(
+            f"attention has dtype {attention.dtype} but weight has {weight.dtype}; cast one to the other's dtype"
+        )
+
+    if input.shape[0] == 0:
+        # No backend can fold zero samples into groups. The plain convolution has the right shape, and the empty
+        # sum keeps attention in the graph, so that it receives a gradient of zeros.
+        return F.conv2d(input, weight, bias, *geometry) + scale.sum()
+
+    kernels = _attended_kernels(weight, scale)
+    if backend == "auto":
+        backend = _fastest_backend(input, weight, geometry)
+    output = _BACKENDS[backend](input, kernels, geometry)
+    if bias is not None:
+        output = output + bias[:, None, None]
+    if _is_channels_last(input):
+        output = output.contiguous(memory_format=torch.channels_last)
+    return output
+
+
+def _attended_kernels(weight: Tensor, scale: Tensor) -> Tensor:
+    """Scales K (C2, C1/groups, kh, kw) by (N, C2, G, kh, kw) into (N, C2, C1/groups, kh, kw)."""
+    out_channels, in_channels, *kernel_size = weight.shape
+    maps = scale.shape[2]
+    blocks = weight.reshape(out_channels, maps, in_channels // maps, *kernel_size)
+    return (blocks * scale.unsqueeze(3)).flatten(2, 3)
+
+
+def _grouped(input: Tensor, kernels: Tensor, geometry: _Geometry) -> Tensor:
+    """One convolution over N * groups groups, with the batch folded into the channels."""
+    batch = input.shape[0]
+    folded = input.reshape(1, -1, *input.shape[2:])
+    output = F.conv2d(folded, kernels.flatten(0, 1), None, *geometry._replace(groups=batch * geometry.groups))
+    return output.view(batch, -1, *output.shape[2:])
+
+
+def _gemm(input: Tensor, kernels: Tensor, geometry: _Geometry) -> Tensor:
+    """Patches as columns, multiplied by each sample's kernel as a matrix."""
+    batch, out_channels, _, kh, kw = kernels.shape
+    groups, dilation, padding, stride = geometry.groups, geometry.dilation, geometry.padding, geometry.stride
+    columns = F.unfold(input, (kh, kw), dilation=dilation, padding=padding, stride=stride)
+    height, width = (
+        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        for size, pad, dil, kernel, step in zip(input.shape[2:], padding, dilation, (kh, kw), stride, strict=True)
+    )
+    matrices = kernels.reshape(batch, groups, out_channels // groups, -1)
+    columns = columns.reshape(batch, groups, matrices.shape[-1], -1)
+    return torch.matmul(matrices, columns).reshape(batch, out_channels, height, width)
+
+
+_BACKENDS: dict[str, _Backend] = {"grouped": _grouped, "gemm": _gemm}
+BACKENDS: tuple[str, ...] = ("auto", *_BACKENDS)
+
+
+def _fastest_backend(input: Tensor, weight: Tensor, geometry: _Geometry) -> str:
+    if torch.compiler.is_exporting():
+        return "gemm"  # the number of groups of an exported convolution cannot follow the batch
+    return "grouped"
+
+
+def _check_shapes(input: Tensor, weight: Tensor, attention: Tensor, bias: Tensor | None, groups: int) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"input has shape {tuple(input.shape)}; expected four dimensions (N, C1, H, W)")
+    if weight.dim() != 4:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected four dimensions (C2, C1/groups, kh, kw)")
+    out_channels, group_channels, height, width = weight.shape
+    if groups < 1 or out_channels % groups:
+        raise ValueError(f"groups={groups} must be at least 1 and divide the {out_channels} output channels")
+    if input.shape[1] != group_channels * groups:
+        raise ValueError(
+            f"input has {input.shape[1]} channels; weight of shape {tuple(weight.shape)} with groups={groups} "
+            f"expects {group_channels * groups}"
+        )
+    fits = (
+        attention.dim() == 5
+        and attention.shape[0] == input.shape[0]
+        and attention.shape[1] == out_channels
+        and attention.shape[2] > 0
+        and group_channels % attention.shape[2] == 0
+        and attention.shape[3:] == weight.shape[2:]
+    )
+    if not fits:
+        raise ValueError(
+            f"attention has shape {tuple(attention.shape)}; expected (N, C2, C1/groups/share, kh, kw) = "
+            f"({input.shape[0]}, {out_channels}, {group_channels}/share, {height}, {width}) "
+            f"with share a divisor of {group_channels}"
+        )
+    if bias is not None and bias.shape != (out_channels,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({out_channels},)")
+
+
+def _resolve_padding(
+    input: Tensor,
+    padding: int | tuple[int, int] | str,
+    weight: Tensor,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[Tensor, tuple[int, int]]:
+    """Turns ``padding`` into pixels that are the same on both sides, padding the input where they are not."""
+    if not isinstance(padding, str):
+        return input, _pair(padding)
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise ValueError(f"padding={padding!r} is unknown; give pixels, 'same' or 'valid'")
+    if stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride=1, got stride={stride}; give the padding in pixels")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(t % 2 for t in total):
+        # an even kernel: the extra row and column go to the bottom and the right, as in torch's own "same"
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (value, value)
+    if len(value) == 1:
+        return (value[0], value[0])
+    height, width = value
+    return (height, width)
+
+
+def _is_channels_last(input: Tensor) -> bool:
+    # a tensor with one channel or one pixel is contiguous in both formats: it counts as channels first
+    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
