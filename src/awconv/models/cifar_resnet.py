@@ -1,0 +1,120 @@
+"""The ResNets that He et al. designed for CIFAR, registered in timm as ``resnet20`` to ``resnet110``."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models import register_model
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+
+class ShortcutA(nn.Module):
+    """The parameter-free shortcut, option A of He et al. 2016, section 3.3.
+
+    Takes every second pixel when the block has stride 2, and appends channels of zeros for the new ones.
+
+    Shape:
+        Input (N, C, H, W); output (N, C + extra_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(self, extra_channels: int, stride: int) -> None:
+        super().__init__()
+        self.extra_channels, self.stride = extra_channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Subsamples and pads ``x``."""
+        return F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+
+
+class CIFARResNet(nn.Module):
+    """ResNet for 32x32 images (He, Zhang, Ren, Sun, *Deep Residual Learning*, CVPR 2016, section 4.2).
+
+    A 3x3 stem of 16 channels, three stages of n basic blocks with 16, 32 and 64 channels at strides 1, 2 and 4,
+    parameter-free shortcuts, global average pooling and one linear layer: 6n + 2 weighted layers. Weights start from
+    He's normal initialisation, as in the paper. The blocks are timm's :class:`~timm.models.resnet.BasicBlock`.
+
+    Args:
+        depth: 6n + 2: 20, 32, 44, 56, 110, ...
+        num_classes: Number of logits K.
+        in_chans: Number of image channels C (timm's name for it).
+
+    Shape:
+        Input (N, C, H, W), of any size; output (N, K).
+    """
+
+    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3) -> None:
+        super().__init__()
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth={depth} must be 6n + 2, for example 20, 32, 44, 56 or 110")
+        self.num_classes, self.num_features = num_classes, 64
+        self.conv1 = nn.Conv2d(in_chans, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.act1 = nn.ReLU(inplace=True)
+        self.layer1 = self._stage(16, 16, 1, blocks)
+        self.layer2 = self._stage(16, 32, 2, blocks)
+        self.layer3 = self._stage(32, 64, 2, blocks)
+        self.feature_info = [{"num_chs": 16 * 2**i, "reduction": 2**i, "module": f"layer{i + 1}"} for i in range(3)]
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(in_channels: int, channels: int, stride: int, blocks: int) -> nn.Sequential:
+        shortcut = ShortcutA(channels - in_channels, stride) if stride > 1 else None
+        return nn.Sequential(
+            BasicBlock(in_channels, channels, stride, downsample=shortcut),
+            *(BasicBlock(channels, channels) for _ in range(blocks - 1)),
+        )
+
+    def get_classifier(self) -> nn.Module:
+        """Returns the linear layer that makes the logits."""
+        return self.fc
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Computes the last feature map, (N, 64, ceil(H / 4), ceil(W / 4))."""
+        x = self.act1(self.bn1(self.conv1(x)))
+        features: Tensor = self.layer3(self.layer2(self.layer1(x)))
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes logits (N, K) of images (N, C, H, W)."""
+        logits: Tensor = self.fc(self.global_pool(self.forward_features(x)).flatten(1))
+        return logits
+
+
+def _create(depth: int, num_classes: int = 10, in_chans: int = 3, **_timm: Any) -> CIFARResNet:
+    # timm hands every entry point its pretrained configuration and cache folder; these networks have none
+    return CIFARResNet(depth, num_classes, in_chans)
+
+
+@register_model
+def resnet20(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
+    """CIFAR ResNet with 20 layers, 0.27M parameters."""
+    return _create(20, **kwargs)
+
+
+@register_model
+def resnet32(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
+    """CIFAR ResNet with 32 layers, 0.46M parameters."""
+    return _create(32, **kwargs)
+
+
+@register_model
+def resnet44(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
+    """CIFAR ResNet with 44 layers, 0.66M parameters."""
+    return _create(44, **kwargs)
+
+
+@register_model
+def resnet56(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
+    """CIFAR ResNet with 56 layers, 0.85M parameters."""
+    return _create(56, **kwargs)
+
+
+@register_model
+def resnet110(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
+    """CIFAR ResNet with 110 layers, 1.7M parameters."""
+    return _create(110, **kwargs)
