@@ -1,0 +1,5 @@
+"""What watches a run: callbacks that turn training, testing and predicting into things a person looks at."""
+
+from awconv.callbacks.report import ClassificationReport, draw_confusion_matrix, draw_contact_sheet
+
+__all__ = ["ClassificationReport", "draw_confusion_matrix", "draw_contact_sheet"]
