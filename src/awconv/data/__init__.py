@@ -1,0 +1,16 @@
+"""Data modules: pictures and labels on their way to a network."""
+
+from awconv.data.cifar import CIFAR10DataModule, CIFAR100DataModule
+from awconv.data.classification import ClassificationDataModule
+from awconv.data.digits import DigitsDataModule
+from awconv.data.imagenet import ImageNetDataModule
+from awconv.data.loading import IGNORE_INDEX
+
+__all__ = [
+    "IGNORE_INDEX",
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "ClassificationDataModule",
+    "DigitsDataModule",
+    "ImageNetDataModule",
+]

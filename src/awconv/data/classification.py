@@ -1,0 +1,329 @@
+"""The base of every classification data module: loaders, transforms, mixing, and a folder to predict."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+import PIL.Image
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torchvision.transforms import v2
+
+from awconv.data.loading import (
+    EvaluationSampler,
+    EvaluationSet,
+    Loader,
+    MapDataset,
+    TrainingSampler,
+    TrainingSet,
+    collate,
+    seeded,
+)
+from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
+from awconv.errors import InputError
+
+Augment: TypeAlias = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
+Split: TypeAlias = Literal["train", "val", "test"]
+Transform: TypeAlias = Callable[[Any], Any]
+BatchTransform: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+_SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+    None: ("train", "val", "test"),
+}
+
+
+def require(ok: bool, argument: str, value: Any, expected: str) -> None:
+    """Raise an `InputError` that names the argument, its value and what was expected, unless `ok`."""
+    if not ok:
+        raise InputError(f"{argument}={value!r}: expected {expected}")
+
+
+class ClassificationDataModule(LightningDataModule):
+    """Base class of the classification data modules.
+
+    A data set of your own needs the names of its classes and a method that returns its three splits, each a
+    map-style data set of (picture, class index) that applies `transform` to the picture; torchvision's data
+    sets do. A picture is a PIL image or a tensor (C, H, W)::
+
+        class FlowersDataModule(ClassificationDataModule):
+            class_names = Path("flowers.txt").read_text().splitlines()
+            mean, std = (0.43, 0.38, 0.30), (0.29, 0.24, 0.27)
+
+            def __init__(self, root: str = "datasets", *, image_size: int = 128, **common: Any) -> None:
+                super().__init__(image_size=image_size, **common)
+                self.root = root
+
+            def load(self, split: Split, transform: Transform) -> Flowers102:
+                return Flowers102(self.root, split, transform)
+
+    Everything else comes from here: augmentation, loaders, several processes, MixUp and CutMix, a folder of
+    pictures to predict, saved hyperparameters, and every argument below on the command line. Override
+    :meth:`train_geometry` and :meth:`eval_geometry` for another crop, :meth:`batch_transforms` for
+    augmentation of whole batches, and ``prepare_data`` for a download.
+
+    Training and evaluation batches are tuples ``(images, targets)``: images float32 (N, C, H, W), normalised;
+    targets int64 (N,), or float32 (N, num_classes) where MixUp or CutMix mixed them. Prediction batches are
+    ``(images, paths)`` with a list of N paths. With several processes each evaluates its own share, and the
+    shares are filled up to one length with padding samples, whose target is `IGNORE_INDEX` and whose path is
+    "": drop them. An epoch of training leaves out the last batch unless it is full (or the only one).
+
+    The order of the samples and their augmentation follow from the run's seed (``seed_everything``), the
+    epoch and the sample, so that neither the number of workers nor a resumption changes them. Your own random
+    transforms share in this if they draw from torch's CPU generator.
+
+    Args:
+        image_size: Height and width of the images in pixels.
+        batch_size: Samples per batch and process.
+        num_workers: Worker processes that load data, per process; 0 loads in the process itself.
+        augment: Augmentation of the training pictures: "none", "basic" (the data set's own crop and flip), or
+            basic and then a policy: "autoaugment" (Cubuk et al. 2019), "randaugment" (Cubuk et al. 2020) or
+            "trivialaugment" (Müller and Hutter 2021).
+        random_erasing: Probability of erasing a rectangle of a training image (Zhong et al. 2020).
+        mixup_alpha: MixUp's Beta parameter (Zhang et al. 2018); 0 switches MixUp off.
+        cutmix_alpha: CutMix's Beta parameter (Yun et al. 2019); 0 switches CutMix off. With both on, each batch
+            gets one of the two, chosen at random.
+        predict_dir: Folder of pictures for ``predict``, searched with all its subfolders.
+        seed: Seed of the split where a validation or test set has to be cut out; nothing else depends on it.
+
+    Raises:
+        InputError: A number is out of its range.
+    """
+
+    in_channels: int = 3
+    # of ImageNet's training pictures, as torchvision's reference training has them
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    autoaugment_policy = v2.AutoAugmentPolicy.IMAGENET
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        batch_size: int = 128,
+        num_workers: int = 4,
+        augment: Augment = "basic",
+        random_erasing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        predict_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        require(image_size >= 1, "image_size", image_size, "a whole number of pixels, at least 1")
+        require(batch_size >= 1, "batch_size", batch_size, "a whole number, at least 1")
+        require(num_workers >= 0, "num_workers", num_workers, "a whole number, 0 or more")
+        require(augment in get_args(Augment), "augment", augment, f"one of {', '.join(get_args(Augment))}")
+        require(0 <= random_erasing <= 1, "random_erasing", random_erasing, "a probability between 0 and 1")
+        require(mixup_alpha >= 0, "mixup_alpha", mixup_alpha, "a number, 0 (off) or more")
+        require(cutmix_alpha >= 0, "cutmix_alpha", cutmix_alpha, "a number, 0 (off) or more")
+        require(0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 4294967295")
+        # The logger gets none of them: Lightning refuses to log a name that the model has too with another
+        # value, and `class_names` or `image_size` of a model may well differ.
+        self.save_hyperparameters(logger=False)
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.augment = augment
+        self.random_erasing = random_erasing
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
+        self.predict_dir = predict_dir
+        self.seed = seed
+        self._datasets: dict[str, MapDataset] = {}
+        self._batch_transforms: list[BatchTransform] | None = None
+
+    # ---- what a data set of one's own supplies
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their indices."""
+        raise NotImplementedError(f"{type(self).__name__} has to define class_names")
+
+    def load(self, split: Split, transform: Transform) -> MapDataset:
+        """Return one split as a map-style data set of (``transform(picture)``, class index)."""
+        raise NotImplementedError(f"{type(self).__name__} has to define load(split, transform)")
+
+    # ---- transforms
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def train_geometry(self) -> list[Transform]:
+        """Transforms of a training picture (uint8 image) that end in `image_size`: a shifted crop and a flip."""
+        size = self.image_size
+        return [
+            v2.Resize(size),
+            v2.RandomCrop(size, padding=size // 8),
+            v2.RandomHorizontalFlip(),
+        ]
+
+    def eval_geometry(self) -> list[Transform]:
+        """Transforms of an evaluation picture (uint8 image) that end in the size to evaluate at."""
+        return [v2.Resize(self.image_size), v2.CenterCrop(self.image_size)]
+
+    def plain_geometry(self) -> list[Transform]:
+        """Transforms of a training picture where `augment` is "none"; as in evaluation by default."""
+        return self.eval_geometry()
+
+    def train_transform(self) -> Transform:
+        """What happens to a training picture: geometry, policy, normalisation, erasing."""
+        bilinear = v2.InterpolationMode.BILINEAR
+        policies: dict[str, list[Transform]] = {
+            "autoaugment": [v2.AutoAugment(self.autoaugment_policy, interpolation=bilinear)],
+            "randaugment": [v2.RandAugment(interpolation=bilinear)],
+            "trivialaugment": [v2.TrivialAugmentWide(interpolation=bilinear)],
+        }
+        geometry = self.plain_geometry() if self.augment == "none" else self.train_geometry()
+        erasing = [v2.RandomErasing(self.random_erasing)] if self.random_erasing else []
+        return self._transform(geometry + policies.get(self.augment, []), erasing)
+
+    def eval_transform(self) -> Transform:
+        """What happens to a validation or test picture: geometry and normalisation."""
+        return self._transform(self.eval_geometry())
+
+    def predict_transform(self) -> Transform:
+        """What happens to a picture of `predict_dir`: the same as to a test picture."""
+        return self.eval_transform()
+
+    def _transform(self, on_bytes: list[Transform], on_floats: list[Transform] | None = None) -> Transform:
+        compose: Transform = v2.Compose(
+            [
+                _ToImage(self.in_channels),
+                *on_bytes,
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(list(self.mean), list(self.std)),
+                *(on_floats or []),
+                v2.ToPureTensor(),
+            ]
+        )
+        return compose
+
+    def batch_transforms(self) -> list[BatchTransform]:
+        """Augmentations of a whole training batch, (images, targets) -> (images, targets), on its device."""
+        mixes: list[Transform] = []
+        if self.mixup_alpha:
+            mixes.append(v2.MixUp(alpha=self.mixup_alpha, num_classes=self.num_classes))
+        if self.cutmix_alpha:
+            mixes.append(v2.CutMix(alpha=self.cutmix_alpha, num_classes=self.num_classes))
+        return [v2.RandomChoice(mixes)] if mixes else []
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Apply :meth:`batch_transforms` to training batches."""
+        trainer = self.trainer
+        # Lightning's model summary sends bare pictures through here
+        if trainer is None or not trainer.training or isinstance(batch, torch.Tensor):
+            return batch
+        if self._batch_transforms is None:
+            self._batch_transforms = self.batch_transforms()
+        step = trainer.fit_loop.epoch_loop.total_batch_idx
+        with seeded(torch.initial_seed(), trainer.global_rank, step):
+            for transform in self._batch_transforms:
+                batch = transform(*batch)
+        return batch
+
+    # ---- loaders
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the data sets of a stage, so that what is wrong with the data is said before anything runs."""
+        for split in _SPLITS_OF_STAGE[stage]:
+            self._dataset(split)
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled, augmented batches."""
+        dataset = self._dataset("train")
+        seed = torch.initial_seed()
+        if self.trainer is not None:
+            # every process has to shuffle alike, also in a run that nobody seeded
+            seed = self.trainer.strategy.broadcast(seed)
+        rank, processes = self._place()
+        # torch adds the epoch to the sampler's seed, and takes 64 bits in all
+        sampler = TrainingSampler(dataset, processes, rank, seed=seed % 2**62)  # type: ignore[arg-type]
+        return self._loader(
+            TrainingSet(dataset, seed),
+            sampler=sampler,
+            drop_last=len(sampler) >= self.batch_size,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> Loader:
+        """Batches of the validation set."""
+        return self._evaluation_loader("val", persistent_workers=self.num_workers > 0)
+
+    def test_dataloader(self) -> Loader:
+        """Batches of the test set."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        """Batches of the pictures below `predict_dir`, each picture with its path."""
+        return self._evaluation_loader("predict")
+
+    def _evaluation_loader(self, split: str, **options: Any) -> Loader:
+        dataset = self._dataset(split)
+        rank, processes = self._place()
+        sampler = EvaluationSampler(dataset, processes, rank) if processes > 1 else None
+        return self._loader(EvaluationSet(dataset), sampler=sampler, **options)
+
+    def _loader(self, dataset: Any, **options: Any) -> Loader:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return Loader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=on_gpu,
+            **options,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _dataset(self, split: str) -> MapDataset:
+        if split not in self._datasets:
+            if split == "predict":
+                dataset = self._pictures_to_predict()
+            elif split == "train":
+                dataset = self.load("train", self.train_transform())
+            else:
+                dataset = self.load("val" if split == "val" else "test", self.eval_transform())
+            if len(dataset) == 0:
+                raise InputError(f"{type(self).__name__}: the {split} split holds no samples")
+            self._datasets[split] = dataset
+        return self._datasets[split]
+
+    def _pictures_to_predict(self) -> MapDataset:
+        folder = self.predict_dir
+        remedy = "name a folder of pictures with --data.predict_dir FOLDER"
+        require(folder is not None, "predict_dir", folder, f"a folder of pictures to predict; {remedy}")
+        assert folder is not None
+        require(os.path.isdir(folder), "predict_dir", folder, f"a folder, and there is none; {remedy}")
+        paths = find_pictures(folder)
+        found = f"pictures ({', '.join(EXTENSIONS)}), and there are none in it or below; {remedy}"
+        require(bool(paths), "predict_dir", folder, found)
+        return PictureDataset(paths, None, self.predict_transform())
+
+
+class _ToImage:
+    """Turns a picture, PIL image or tensor (C, H, W), into an image of the wanted number of channels."""
+
+    def __init__(self, channels: int) -> None:
+        self._convert: Transform | None = {1: v2.Grayscale(1), 3: v2.RGB()}.get(channels)
+        self._mode = {1: "L", 3: "RGB"}.get(channels)
+        self._channels = channels
+
+    def __call__(self, picture: Any) -> Tensor:
+        if isinstance(picture, PIL.Image.Image) and self._mode is not None:
+            picture = picture.convert(self._mode)
+        image: Tensor = v2.functional.to_image(picture)
+        if self._convert is not None and image.shape[-3] != self._channels:
+            # of four channels, the last is transparency
+            image = self._convert(image[..., :3, :, :])
+        return image

@@ -1,0 +1,38 @@
+"""Fixtures that every room's tests share: miniature data sets on disk (see miniature.py)."""
+
+from pathlib import Path
+
+import pytest
+from torchvision import datasets
+
+import miniature
+
+
+@pytest.fixture
+def cifar10_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Root of a miniature CIFAR-10, 60 pictures to train and 23 to test, which torchvision's class accepts."""
+    root = miniature.make_cifar10(tmp_path / "cifar10")
+    for attribute, value in miniature.cifar_checksums(datasets.CIFAR10, root).items():
+        monkeypatch.setattr(datasets.CIFAR10, attribute, value)
+    return root
+
+
+@pytest.fixture
+def cifar100_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Root of a miniature CIFAR-100, 200 pictures to train and 101 to test, which torchvision's class accepts."""
+    root = miniature.make_cifar100(tmp_path / "cifar100")
+    for attribute, value in miniature.cifar_checksums(datasets.CIFAR100, root).items():
+        monkeypatch.setattr(datasets.CIFAR100, attribute, value)
+    return root
+
+
+@pytest.fixture
+def imagenet_root(tmp_path: Path) -> Path:
+    """Root of class folders cat, dog and owl: 4 pictures each in train/, 3 each in val/."""
+    return miniature.make_class_folders(tmp_path / "imagenet")
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Path:
+    """Folder of 5 pictures of several formats, modes and sizes, two of them in a subfolder."""
+    return miniature.make_picture_folder(tmp_path / "pictures")

@@ -1,0 +1,252 @@
+import shutil
+
+import PIL.Image
+import pytest
+import torch
+
+from awconv.data import ImageNetDataModule
+from awconv.errors import InputError
+from miniature import make_class_folders
+
+
+def module(root, **options):
+    return ImageNetDataModule(str(root), **{"num_workers": 0, "batch_size": 4, "image_size": 32, **options})
+
+
+def message_of(call):
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_own_class_folders(imagenet_root):
+    data = module(imagenet_root)
+    assert data.class_names == ["cat", "dog", "owl"]
+    assert (data.num_classes, data.in_channels, data.image_size) == (3, 3, 32)
+    train = list(data.train_dataloader())
+    assert [images.shape for images, _ in train] == [(4, 3, 32, 32)] * 3
+    assert torch.cat([targets for _, targets in train]).bincount().tolist() == [4, 4, 4]
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        assert torch.cat([targets for _, targets in loader]).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_labels_belong_to_the_pictures(tmp_path):
+    # one pure colour per class, so that a picture tells its class
+    colours = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
+    for split in ("train", "val"):
+        for name, colour in colours.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(3):
+                PIL.Image.new("RGB", (40, 50), colour).save(tmp_path / split / name / f"{number}.png")
+    data = module(tmp_path, augment="basic")
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for images, targets in loader:
+            assert images.mean(dim=(2, 3)).argmax(dim=1).tolist() == targets.tolist()
+
+
+def test_evaluation_crop_is_the_centre_of_the_resized_picture(tmp_path):
+    make_class_folders(tmp_path, size=(60, 90))
+    data = module(tmp_path, image_size=28, batch_size=1)
+    images, _ = next(iter(data.val_dataloader()))
+    path = sorted((tmp_path / "val" / "cat").iterdir())[0]
+    with PIL.Image.open(path) as picture:
+        # 256/224 of 28 is 32; the picture is 60 high and 90 wide; PIL's own resizing is the oracle
+        resized = picture.resize((48, 32), PIL.Image.Resampling.BILINEAR)
+    expected = torch.tensor(list(resized.crop((10, 2, 38, 30)).tobytes())).view(28, 28, 3).permute(2, 0, 1) / 255
+    found = images[0] * torch.tensor(data.std).view(3, 1, 1) + torch.tensor(data.mean).view(3, 1, 1)
+    assert (found - expected).abs().max() < 3 / 255
+
+
+def test_higher_test_resolution(imagenet_root):
+    data = module(imagenet_root, eval_image_size=40)
+    assert next(iter(data.train_dataloader()))[0].shape[-2:] == (32, 32)
+    assert next(iter(data.test_dataloader()))[0].shape[-2:] == (40, 40)
+    assert next(iter(data.val_dataloader()))[0].shape[-2:] == (40, 40)
+    assert data.image_size == 32
+    data = module(imagenet_root, eval_image_size=40, eval_resize_size=40)
+    assert next(iter(data.test_dataloader()))[0].shape[-2:] == (40, 40)
+    assert next(iter(module(imagenet_root, augment="none").train_dataloader()))[0].shape[-2:] == (32, 32)
+
+
+def test_default_sizes_are_the_usual_recipe():
+    data = ImageNetDataModule()
+    resize, crop = data.eval_geometry()
+    assert (list(resize.size), list(crop.size)) == ([256], [224, 224])
+    assert list(data.train_geometry()[0].size) == [224, 224]
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({"eval_image_size": 0}, "eval_image_size=0: expected"),
+        ({"eval_image_size": 224, "eval_resize_size": 200}, "eval_resize_size=200: expected at least the 224"),
+        ({"on_bad_image": "ignore"}, "on_bad_image='ignore': expected stop or skip"),
+        ({"class_names": ["a", "b", "a"]}, "class_names=['a']: expected each name once"),
+        ({"class_names": []}, "class_names=[]: expected at least one name"),
+    ],
+)
+def test_bad_arguments(imagenet_root, options, start):
+    assert message_of(lambda: module(imagenet_root, **options)).startswith(start)
+
+
+# ---- class names
+
+
+def test_wordnet_ids_get_english_names(tmp_path):
+    # both cranes of ImageNet, which share a name, and a tench
+    make_class_folders(tmp_path, classes=("n01440764", "n02012849", "n03126707"))
+    assert module(tmp_path).class_names == ["tench", "crane (n02012849)", "crane (n03126707)"]
+
+
+def test_all_names_of_imagenet_are_unique():
+    from timm.data import ImageNetInfo
+
+    from awconv.data.imagenet import _readable
+
+    ids = ImageNetInfo("imagenet-1k").label_names()
+    names = _readable(ids)
+    assert len(set(names)) == 1000
+    assert names[0] == "tench"
+    assert names[999] == "toilet tissue"
+
+
+@pytest.mark.parametrize("classes", [("n01440764", "n99999999"), ("n01440764", "cat"), ("cat",)])
+def test_other_folders_keep_their_names(tmp_path, classes):
+    make_class_folders(tmp_path, classes=classes)
+    assert module(tmp_path).class_names == sorted(classes)
+
+
+@pytest.mark.parametrize("names", [["crane", "tench"], ["n02012849", "n01440764"], ["crane", "n01440764"]])
+def test_given_names_decide_the_numbers(tmp_path, names):
+    make_class_folders(tmp_path, classes=("n01440764", "n02012849"))
+    data = module(tmp_path, class_names=names)
+    assert data.class_names == names
+    assert torch.cat([targets for _, targets in data.val_dataloader()]).tolist() == [1, 1, 1, 0, 0, 0]
+    data.setup("fit")
+
+
+def test_given_names_that_differ_from_the_folders(imagenet_root):
+    data = module(imagenet_root, class_names=["cat", "dog", "cow", "ape"])
+    message = message_of(lambda: data.setup("test"))
+    assert message.startswith("class_names (4 names): expected those of the 3 class folders in ")
+    assert "no folder for cow, ape and no name for owl" in message
+
+
+def test_with_names_train_is_needed_for_training_only(imagenet_root):
+    shutil.rmtree(imagenet_root / "train")
+    names = ["cat", "dog", "owl"]
+    data = module(imagenet_root, class_names=names)
+    data.setup("validate")
+    data.setup("test")
+    message = message_of(lambda: data.setup("fit"))
+    assert "train/CLASS/*.JPEG" in message
+    assert "found val" in message
+    assert "give class_names" in message_of(lambda: module(imagenet_root).setup("test"))
+
+
+def test_with_names_predict_needs_no_root(tmp_path, picture_folder):
+    data = module(tmp_path / "nowhere", class_names=["a", "b"], predict_dir=str(picture_folder))
+    assert data.num_classes == 2
+    data.setup("predict")
+    images, paths = next(iter(data.predict_dataloader()))
+    assert images.shape == (4, 3, 32, 32)
+    assert len(paths) == 4
+
+
+# ---- folders that are not as they should be
+
+
+def test_root_missing(tmp_path):
+    for ask in (lambda data: data.class_names, lambda data: data.num_classes, lambda data: data.setup("test")):
+        message = message_of(lambda ask=ask: ask(module(tmp_path / "nowhere")))
+        for part in ("nowhere", "train/CLASS/*.JPEG", "there is no such folder", "--data.root FOLDER"):
+            assert part in message
+
+
+def test_root_empty(tmp_path):
+    for ask in (lambda data: data.class_names, lambda data: data.setup("fit")):
+        assert "found nothing; add" in message_of(lambda ask=ask: ask(module(tmp_path)))
+
+
+def test_root_of_something_else(tmp_path):
+    for number in range(5):
+        (tmp_path / f"folder{number}").mkdir()
+    assert "found folder0, folder1, folder2, ... (5 in all); add" in message_of(lambda: module(tmp_path).class_names)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_without_class_folders(imagenet_root, split):
+    shutil.rmtree(imagenet_root / split)
+    (imagenet_root / split).mkdir()
+    message = message_of(lambda: module(imagenet_root).class_names)
+    assert f"expected {split}/CLASS/*.JPEG in it, found no class folders" in message
+
+
+def test_a_flat_val(imagenet_root):
+    shutil.rmtree(imagenet_root / "val")
+    (imagenet_root / "val").mkdir()
+    for number in range(1, 6):
+        PIL.Image.new("RGB", (8, 8)).save(imagenet_root / "val" / f"ILSVRC2012_val_{number:08}.JPEG")
+    for ask in (lambda data: data.class_names, lambda data: data.setup("fit"), lambda data: data.setup("test")):
+        message = message_of(lambda ask=ask: ask(module(imagenet_root)))
+        assert "expected val/CLASS/*.JPEG in it, found a flat folder of pictures" in message
+        assert "(ILSVRC2012_val_00000001.JPEG, ILSVRC2012_val_00000002.JPEG" in message
+        assert "(5 in all)" in message
+        assert "move each into the folder of its class, as in val/n01440764/ILSVRC2012_val_00000001.JPEG" in message
+
+
+def test_a_val_that_is_half_sorted(imagenet_root):
+    PIL.Image.new("RGB", (8, 8)).save(imagenet_root / "val" / "left.JPEG")
+    assert "1 pictures outside of any class folder (left.JPEG)" in message_of(
+        lambda: module(imagenet_root).setup("test")
+    )
+
+
+def test_class_folders_that_differ(imagenet_root):
+    shutil.rmtree(imagenet_root / "val" / "dog")
+    for name in ("yak", "ape", "bat", "cow"):
+        (imagenet_root / "val" / name).mkdir()
+    for ask in (lambda data: data.class_names, lambda data: data.setup("fit")):
+        message = message_of(lambda ask=ask: ask(module(imagenet_root)))
+        assert "only in train/: dog; only in val/: ape, bat, cow, ... (4 in all)" in message
+
+
+def test_a_class_without_pictures(imagenet_root):
+    for path in (imagenet_root / "train" / "dog").iterdir():
+        path.unlink()
+    assert "the class folder train/dog holds no pictures" in message_of(lambda: module(imagenet_root).setup("fit"))
+
+
+# ---- pictures that cannot be read
+
+
+def spoil(path):
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_picture_stops_training_by_name(imagenet_root, workers):
+    path = imagenet_root / "train" / "dog" / "dog_0001.JPEG"
+    spoil(path)
+    data = module(imagenet_root, num_workers=workers)
+    message = message_of(lambda: list(data.train_dataloader()))
+    assert message.startswith(f"{path}: this picture cannot be read (")
+
+
+def test_training_may_skip_it(imagenet_root):
+    path = imagenet_root / "train" / "dog" / "dog_0001.JPEG"
+    spoil(path)
+    data = module(imagenet_root, on_bad_image="skip")
+    with pytest.warns(UserWarning, match="skipped .*dog_0001"):
+        targets = torch.cat([targets for _, targets in data.train_dataloader()])
+    assert targets.bincount().tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("split", ["val", "predict"])
+def test_evaluation_and_prediction_stop_all_the_same(imagenet_root, split):
+    path = imagenet_root / "val" / "dog" / "dog_0001.JPEG"
+    spoil(path)
+    data = module(imagenet_root, on_bad_image="skip", predict_dir=str(imagenet_root / "val"))
+    loader = data.val_dataloader() if split == "val" else data.predict_dataloader()
+    assert message_of(lambda: list(loader)).startswith(f"{path}: this picture cannot be read (")
