@@ -1,0 +1,37 @@
+# make demo: train and test an AW network on real handwritten digits.  make test: all tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# one thread a core: more only fight each other on small machines
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-fast lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python lightning_cli.py fit --test_after_fit true
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# uv resolves and installs in seconds what takes pip minutes; constraints.txt pins what was tested together
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

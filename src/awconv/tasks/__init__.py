@@ -1,0 +1,6 @@
+"""LightningModules: a network with its losses, metrics, optimiser and schedule."""
+
+from awconv.tasks.base import BaseTask
+from awconv.tasks.classification import ClassificationTask
+
+__all__ = ["BaseTask", "ClassificationTask"]

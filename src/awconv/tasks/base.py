@@ -1,0 +1,288 @@
+"""What every task shares: optimisation, weight averaging, compilation, and checkpoints that can be trusted."""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from awconv.errors import InputError
+from awconv.models import describe_mismatch
+
+_OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name.lower(): value
+    for name, value in vars(torch.optim).items()
+    if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+}
+
+
+class BaseTask(L.LightningModule):
+    """A ``network`` with its optimiser, learning-rate schedule, EMA and compilation, all from plain arguments.
+
+    A subclass calls ``super().__init__(**kwargs)``, hands its network to :meth:`set_network`, and writes its steps. All
+    arguments are kept as hyperparameters and must be primitives, so that checkpoints load with
+    ``torch.load(weights_only=True)``; state-dict keys never contain ``_orig_mod``.
+
+    Args:
+        optimizer: Name of any optimiser of ``torch.optim``, in any case: ``sgd``, ``adamw``, ``rmsprop``, ...
+        lr: Peak learning rate for the global batch, exactly as given: it is never scaled by devices or batch size.
+        weight_decay: Weight decay, as the optimiser defines it.
+        decay_norm_and_bias: Decay normalisation weights and biases too (all parameters with one dimension or none).
+        optimizer_options: Further arguments of the optimiser, such as ``{momentum: 0.9, nesterov: true}``.
+        lr_schedule: ``constant``, ``cosine`` (to ``min_lr``), ``multistep`` (times ``gamma`` at each milestone) or
+            ``onecycle`` (Smith & Topin 2018, as ``torch.optim.lr_scheduler.OneCycleLR``). Steps are optimiser steps.
+        warmup_epochs: Epochs of linear warm-up from ``lr`` / 100; for ``onecycle``, the rising part.
+        milestones: Epochs at which ``multistep`` drops.
+        gamma: Factor of each drop.
+        min_lr: The learning rate at which ``cosine`` ends.
+        ema_decay: Keep an exponential moving average of weights and buffers with this decay a step, which validates,
+            tests and is what checkpoints hold under ``state_dict``. None keeps none.
+        compile: Compile the network in place with ``torch.compile``.
+        channels_last: Keep images and network in channels-last memory format.
+
+    Raises:
+        InputError: If an option is unknown or out of range.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        *,
+        optimizer: str = "sgd",
+        lr: float = 0.1,
+        weight_decay: float = 0.0,
+        decay_norm_and_bias: bool = True,
+        optimizer_options: dict[str, Any] | None = None,
+        lr_schedule: Literal["constant", "cosine", "multistep", "onecycle"] = "cosine",
+        warmup_epochs: float = 0.0,
+        milestones: list[int] | None = None,
+        gamma: float = 0.1,
+        min_lr: float = 0.0,
+        ema_decay: float | None = None,
+        compile: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()  # those of the subclass too: it reads the arguments of every __init__ under way
+        if optimizer.lower() not in _OPTIMIZERS:
+            near = difflib.get_close_matches(optimizer.lower(), _OPTIMIZERS, n=1)
+            choices = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(_OPTIMIZERS))}"
+            raise InputError(f"optimizer={optimizer!r} is unknown; {choices}")
+        if lr_schedule not in ("constant", "cosine", "multistep", "onecycle"):
+            raise InputError(
+                f"lr_schedule={lr_schedule!r} is unknown; choose one of constant, cosine, multistep, onecycle"
+            )
+        for name, value, low in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("warmup_epochs", warmup_epochs, 0)):
+            if not value >= low or not math.isfinite(value):
+                raise InputError(f"{name}={value} must be a number of at least {low}")
+        if ema_decay is not None and not 0 < ema_decay < 1:
+            raise InputError(f"ema_decay={ema_decay} must lie between 0 and 1, or be null for no averaging")
+        if lr_schedule == "multistep" and not milestones:
+            raise InputError(
+                "lr_schedule='multistep' needs milestones, the epochs of its drops, such as [60, 120, 160]"
+            )
+        self._optimizer_options = dict(optimizer_options or {})
+        self._non_finite_step: Tensor | None = None
+        self._compiled = False
+
+    def set_network(self, network: nn.Module) -> None:
+        """Takes ``network`` as the module that is trained, in the memory format asked for."""
+        if self.hparams["channels_last"]:
+            network = network.to(memory_format=torch.channels_last)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        """Applies the network to ``images`` (N, C, H, W)."""
+        if self.hparams["channels_last"]:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return self.network(images)
+
+    def setup(self, stage: str) -> None:
+        """Compiles the network when asked to."""
+        if self.hparams["compile"] and not self._compiled:
+            # in place: torch.compile(network) would wrap it and put _orig_mod into every state-dict key
+            self.network.compile()
+            self._compiled = True
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Adds the exponential moving average to training when one is asked for."""
+        decay = self.hparams["ema_decay"]
+        return [_WeightAverage(decay=decay)] if decay is not None and self.trainer.state.fn == "fit" else []
+
+    # ---- optimisation -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Builds the optimiser and a schedule that steps once an optimiser step."""
+        optimizer = self._build_optimizer()
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._build_schedule(optimizer), "interval": "step"},
+        }
+
+    def _build_optimizer(self) -> Optimizer:
+        hparams = self.hparams
+        groups: list[dict[str, Any]]
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        if hparams["decay_norm_and_bias"] or not hparams["weight_decay"]:
+            groups = [{"params": parameters}]
+        else:
+            groups = [
+                {"params": [p for p in parameters if p.ndim > 1]},
+                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            ]
+        optimizer = _OPTIMIZERS[hparams["optimizer"].lower()]
+        options = {"lr": hparams["lr"], **self._optimizer_options}
+        # passed even when it is zero: AdamW's own default is not
+        if hparams["weight_decay"] or "weight_decay" in inspect.signature(optimizer).parameters:
+            options["weight_decay"] = hparams["weight_decay"]
+        try:
+            return optimizer(groups, **options)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"optimizer={hparams['optimizer']!r} does not take {options}: {error}") from error
+
+    def _build_schedule(self, optimizer: Optimizer) -> LRScheduler:
+        hparams = self.hparams
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise InputError(
+                "trainer.max_epochs=-1 has no end for the schedule to aim at; give max_epochs or max_steps"
+            )
+        per_epoch = max(1.0, self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        warmup = min(round(hparams["warmup_epochs"] * per_epoch), int(total))
+        if hparams["lr_schedule"] == "onecycle":
+            rise = warmup / total if warmup else 0.3
+            return OneCycleLR(optimizer, max_lr=hparams["lr"], total_steps=max(int(total), 1), pct_start=rise)
+        return LambdaLR(optimizer, self._lr_factor(int(total), warmup, per_epoch))
+
+    def _lr_factor(self, total: int, warmup: int, per_epoch: float) -> Callable[[int], float]:
+        """Gives the learning rate after ``step`` optimiser steps, as a fraction of ``lr``.
+
+        A plain function: LambdaLR keeps none of it in its state, so the arguments of a resumed run are what counts.
+        """
+        hparams = self.hparams
+        schedule, gamma = hparams["lr_schedule"], hparams["gamma"]
+        floor = hparams["min_lr"] / hparams["lr"] if hparams["lr"] else 0.0
+        drops = [round(epoch * per_epoch) for epoch in hparams["milestones"] or []]
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return 0.01 + 0.99 * step / warmup
+            if schedule == "cosine":
+                progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+                return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+            if schedule == "multistep":
+                return float(gamma ** sum(step >= drop for drop in drops))
+            return 1.0
+
+        return factor
+
+    # ---- a loss that is no number ---------------------------------------------------------------------------------
+
+    def check_loss(self, loss: Tensor) -> Tensor:
+        """Notes whether ``loss`` is finite and returns it; training stops, and says where, if it was not.
+
+        Nothing waits for the device here: the note is read every step on a CPU, and on accelerators or several
+        processes every ``log_every_n_steps`` steps and before any checkpoint is written.
+        """
+        if self._non_finite_step is None:
+            self._non_finite_step = torch.full((), -1, device=loss.device, dtype=torch.long)
+        first = (self._non_finite_step < 0) & ~torch.isfinite(loss.detach()).all()
+        self._non_finite_step = torch.where(first, self.global_step, self._non_finite_step)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stops training on a loss that is no number."""
+        at_once = self.device.type == "cpu" and self.trainer.world_size == 1
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if at_once or (batch_idx + 1) % every == 0:
+            self._stop_if_not_finite()
+
+    def _stop_if_not_finite(self) -> None:
+        if self._non_finite_step is None:
+            return
+        # every process must leave together, or the others wait for ever in their next collective
+        step = int(self.trainer.strategy.reduce(self._non_finite_step.float(), reduce_op="max"))
+        if step >= 0:
+            per_epoch = max(1, int(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
+            raise InputError(
+                f"the loss was not finite at step {step} (epoch {step // per_epoch}); training stopped and wrote no "
+                f"checkpoint after it. Lower model.lr (now {self.hparams['lr']}), lengthen "
+                "model.warmup_epochs, or clip with trainer.gradient_clip_val"
+            )
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to save broken weights, and leaves out where the initial weights came from: they are inside now."""
+        self._stop_if_not_finite()
+        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if "initial_weights" in hparams:
+            hparams["initial_weights"] = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets this run's optimiser arguments win over those that the checkpoint would restore."""
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        states = checkpoint.get("optimizer_states", [])
+        if not saved or not states or self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        now = self.hparams
+        if saved["optimizer"].lower() != now["optimizer"].lower() or (saved["lr_schedule"] == "onecycle") != (
+            now["lr_schedule"] == "onecycle"
+        ):
+            raise InputError(
+                f"the checkpoint was trained with optimizer={saved['optimizer']!r}, lr_schedule="
+                f"{saved['lr_schedule']!r}, whose state does not fit optimizer={now['optimizer']!r}, lr_schedule="
+                f"{now['lr_schedule']!r}; to start afresh from its weights use model.initial_weights"
+            )
+        ratio = now["lr"] / saved["lr"] if saved["lr"] else 1.0
+        for state in states:
+            for group in state["param_groups"]:
+                _scale(group, ("lr", "initial_lr", "max_lr", "min_lr"), ratio)
+                if group.get("weight_decay"):
+                    group["weight_decay"] = now["weight_decay"]
+                group.update({k: v for k, v in self._optimizer_options.items() if k in group})
+        for schedule in checkpoint.get("lr_schedulers", []):
+            _scale(schedule, ("base_lrs", "_last_lr"), ratio)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads ``state_dict``; under ``strict`` a network of another architecture is an :class:`InputError`."""
+        difference = describe_mismatch(self, state_dict) if strict else ""
+        if difference:
+            raise InputError(f"the checkpoint holds another network than this one: {difference}")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+class _WeightAverage(EMAWeightAveraging):
+    """Lightning's average, kept to training.
+
+    Left attached after ``fit``, the original would swap its weights into a ``validate`` of another checkpoint, and
+    replace the average that ``test`` has just loaded by the weights it was averaged from.
+    """
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            super().on_validation_epoch_end(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _scale(values: dict[str, Any], keys: tuple[str, ...], ratio: float) -> None:
+    for key in keys:
+        if key in values:
+            value = values[key]
+            values[key] = [v * ratio for v in value] if isinstance(value, list) else value * ratio
