@@ -1,11 +1,19 @@
 """Fixtures that every room's tests share: miniature data sets on disk (see miniature.py)."""
 
+import os
+import sys
 from pathlib import Path
+
+# Before torch is imported: more threads than one slow these small computations down, and fight with those of the
+# processes that some tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from torchvision import datasets
 
 import miniature
+
+PROJECT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -36,3 +44,27 @@ def imagenet_root(tmp_path: Path) -> Path:
 def picture_folder(tmp_path: Path) -> Path:
     """Folder of 5 pictures of several formats, modes and sizes, two of them in a subfolder."""
     return miniature.make_picture_folder(tmp_path / "pictures")
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Runs the command line in this process and gives (exit code, standard output, standard error).
+
+    The working directory is the project's, so that `configs/...` means what it means to a user.
+    """
+    from awconv.cli import main
+
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr(sys, "argv", ["lightning_cli.py"])
+
+    def run(*args: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        code = 0
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run

@@ -46,10 +46,24 @@ def main(args: Sequence[str] | None = None) -> None:
     _silence_lightning()
     try:
         AWConvCLI(sys.argv[1:] if args is None else list(args))
-    except InputError as error:
-        _fail(str(error))
-    except MisconfigurationException as error:
-        _fail(str(error))
+    except Exception as error:
+        if said := _input_error(error):
+            _fail(said)
+        raise
+
+
+def _input_error(error: BaseException) -> str | None:
+    """Finds what the user did wrong behind an exception; the parser wraps those of constructors in its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return " ".join(str(cause).split())
+        if isinstance(cause, MisconfigurationException):
+            said = " ".join(str(cause).split())
+            hint = "; this machine has none: --trainer.accelerator cpu" if "backend found" in said else ""
+            return f"the trainer refuses its settings: {said}{hint}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _silence_lightning() -> None:
@@ -119,7 +133,6 @@ class AWConvCLI(LightningCLI):
             {
                 "checkpoint.monitor": "val/acc1",
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
                 "checkpoint.filename": "best",
                 # a slash in a metric's name would become a folder
                 "checkpoint.auto_insert_metric_name": False,
@@ -174,7 +187,14 @@ class AWConvCLI(LightningCLI):
         self.config = typed
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
-        callbacks = [*callbacks, ClassificationReport()]
+        # ModelCheckpoint's own save_last keeps the last best: it writes only when it also writes a better one
+        last = ModelCheckpoint(
+            self._get(self.config_init, "checkpoint").dirpath,
+            filename="last",
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        callbacks = [*callbacks, last, ClassificationReport()]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RichProgressBar())
         if config.get("logger"):
@@ -192,7 +212,9 @@ class AWConvCLI(LightningCLI):
         with self._reporting_interrupts():
             self.trainer.fit(model, **kwargs)
         if self.config[self.subcommand].test_after_fit and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.trainer.test(model, datamodule=self.datamodule, ckpt_path="best", weights_only=True)
+            # by its path: "best" makes Lightning warn that there are two checkpoint callbacks
+            best = self._get(self.config_init, "checkpoint").best_model_path
+            self.trainer.test(model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
 
     def after_fit(self) -> None:
         """Says where the run lies."""
@@ -342,15 +364,13 @@ _HOW_TO_GIVE = {
 
 def _classes_for(section: str) -> list[type]:
     """Lists the task or data module classes that can be named, this project's and those of imported forks."""
-    base: type = L.LightningModule if section == "model" else L.LightningDataModule
-    found: list[type] = []
-    queue: list[type] = [base]
+    found: set[type] = set()
+    queue: list[type] = [L.LightningModule if section == "model" else L.LightningDataModule]
     while queue:
         subclasses: list[type] = queue.pop().__subclasses__()
         queue += subclasses
-        for cls in subclasses:
-            if not cls.__module__.startswith(("lightning.", "torchmetrics.")) and cls not in _BASES:
-                found.append(cls)
+        found.update(subclasses)
+    found = {cls for cls in found - set(_BASES) if not cls.__module__.startswith(("lightning.", "torchmetrics."))}
     return sorted(found, key=lambda cls: cls.__name__)
 
 

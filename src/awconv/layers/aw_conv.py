@@ -163,14 +163,18 @@ class AWConv2d(nn.Conv2d):
         return self._compact_attention(input).repeat_interleave(self.share, dim=2)
 
     @torch.no_grad()
-    def preserve_function_(self) -> "AWConv2d":
+    def preserve_function_(self, *, rescale: bool = True) -> "AWConv2d":
         """Makes the layer compute, now, the plain convolution with the present ``weight``; returns the layer.
 
         Silences the head (A = 1/2 everywhere) and divides ``weight`` by the scale that this gives: 3/2, or 1/2
         without ``residual``. The head still learns, since its last normalisation receives gradients.
+
+        Args:
+            rescale: Divide ``weight``; false where another layer that shares it has done so.
         """
         self._silence_attention()
-        self.weight.div_(1.5 if self.residual else 0.5)
+        if rescale:
+            self.weight.div_(1.5 if self.residual else 0.5)
         return self
 
     def extra_repr(self) -> str:
@@ -186,7 +190,7 @@ class AWConv2d(nn.Conv2d):
         """Computes A without repeating shared values: (N, C2, C1 / groups / share, kh, kw)."""
         kh, kw = self.kernel_size
         maps: Tensor = self.attention(F.adaptive_avg_pool2d(input, (kh, kw)))
-        return maps.view(maps.shape[0], self.out_channels, -1, kh, kw)
+        return maps.view(maps.shape[0], self.out_channels, self.in_channels // self.groups // self.share, kh, kw)
 
     def _silence_attention(self) -> None:
         norm = self.attention.get_submodule("norm2")

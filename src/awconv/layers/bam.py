@@ -22,7 +22,7 @@ class BAM(nn.Module):
         Input and output (N, C, H, W).
 
     Raises:
-        ValueError: If ``reduction`` leaves no hidden channel.
+        ValueError: If ``reduction`` leaves no hidden channel, or ``dilation`` is less than 1.
     """
 
     def __init__(self, channels: int, reduction: int = 16, dilation: int = 4) -> None:
@@ -30,6 +30,8 @@ class BAM(nn.Module):
         hidden = channels // reduction if reduction > 0 else 0
         if hidden < 1:
             raise ValueError(f"reduction={reduction} must be from 1 to the number of channels, {channels}")
+        if dilation < 1:
+            raise ValueError(f"dilation={dilation} must be at least 1")
         self.channel = nn.Sequential(
             OrderedDict(
                 pool=nn.AdaptiveAvgPool2d(1),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from awconv.layers.aw_conv import AWConv2d
 
@@ -70,8 +70,11 @@ def convert_to_aw(
         except ValueError as error:
             raise ValueError(f"{name or type(model).__name__}: {error}") from None
     if preserve_function:
+        scaled: set[Tensor] = set()
         for layer in replacements.values():
-            layer.preserve_function_()
+            kernel = layer.weight
+            layer.preserve_function_(rescale=kernel not in scaled)  # a kernel tied between layers is divided once
+            scaled.add(kernel)
     if model in replacements:
         return replacements[model]  # type: ignore[return-value]
     for parent in model.modules():
@@ -111,9 +114,11 @@ def _default_places(model: nn.Module, names: list[str]) -> list[str]:
 
     # the model itself may be called anything, "SqueezeNet" or "AttentionResNet" included
     candidates = [n for n in names if not _STEM.search(n) and not inside(n, _ACTIVATION_ATTENTION, skip=1)]
-    in_blocks = [n for n in candidates if inside(n, _BLOCK)]
+    in_blocks = [n for n in candidates if inside(n, _BLOCK, skip=1)]
     if in_blocks or names == [""]:
         return in_blocks or names
+    if _BLOCK.search(type(model).__name__):
+        return candidates
     return [n for n in candidates if n != names[0]]
 
 

@@ -1,0 +1,1 @@
+"""What one runs beside training: measurements of what AW-convolution costs."""

@@ -1,0 +1,410 @@
+"""What AW-convolution costs in time and memory, beside a plain convolution and a peer.
+
+Run it as ``python -m awconv.analysis.benchmark layers``.
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import random
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from awconv.errors import InputError
+from awconv.layers import BACKENDS, AWConv2d
+
+# The 3x3 convolutions of ResNet-50's four stages: channels in and out, height and width, in pixels.
+RESNET50_SHAPES: tuple[tuple[int, int], ...] = ((64, 56), (128, 28), (256, 14), (512, 7))
+_BASELINE = "Conv2d"
+_PASSES = ("forward", "forward+backward")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BATCHES = {"cpu": 16, "cuda": 256}
+_REPEATS, _QUICK_REPEATS = 20, 3
+# Shorter visits would time the clock and, on CUDA, the launch of the first kernel.
+_SECONDS_A_VISIT = 0.01
+_MIB = 2**20
+
+Call = Callable[[], object]
+
+
+class Measurement(NamedTuple):
+    """What one contender took.
+
+    Attributes:
+        times: Seconds a call, one value for each repeat, in the order of the repeats.
+        peak_memory: Largest number of bytes that one call held at once, beyond what was there before it.
+    """
+
+    times: list[float]
+    peak_memory: int
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """First quartile, median and third quartile of ``times``, in seconds."""
+        times = torch.tensor(self.times, dtype=torch.float64)
+        first, median, third = times.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        return first, median, third
+
+
+class RoutedCondConv2d(nn.Module):
+    """timm's conditional convolution (Yang et al., NeurIPS 2019, arXiv 1904.04971) with the routing that it needs.
+
+    Routing as in timm's ``CondConvResidual``: global average pool, one linear layer, sigmoid.
+
+    Args:
+        channels: Number of input and of output channels C.
+        num_experts: Number of kernels that are mixed.
+
+    Shape:
+        Input and output (N, C, H, W).
+    """
+
+    def __init__(self, channels: int, num_experts: int = 4) -> None:
+        super().__init__()
+        # timm takes seconds to import: a wrong argument should not wait for it
+        from timm.layers.cond_conv2d import CondConv2d
+
+        self.routing = nn.Linear(channels, num_experts)
+        self.conv = CondConv2d(channels, channels, 3, padding=1, num_experts=num_experts)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolves each sample of ``input`` (N, C, H, W) with its own mixture of the experts."""
+        weights = torch.sigmoid(self.routing(F.adaptive_avg_pool2d(input, 1).flatten(1)))
+        output: Tensor = self.conv(input, weights)
+        return output
+
+
+def measure_interleaved(
+    cases: Sequence[Mapping[str, Call]], *, repeats: int, device: str = "cpu", seed: int = 0
+) -> list[dict[str, Measurement]]:
+    """Times contenders side by side: every repeat visits every contender of every case.
+
+    A machine that slows down or is disturbed thereby disturbs all contenders alike. Each contender is first run twice
+    to warm up, then once to meter its memory; then every repeat walks through the cases and, within each, through
+    its contenders, both in an order shuffled from ``seed``. A visit makes as many calls as fill 10 ms, at least one.
+
+    Args:
+        cases: Each maps the names of contenders that are compared with each other to calls without arguments.
+        repeats: Number of visits to each contender, at least 1.
+        device: ``"cpu"`` or ``"cuda"``: where the calls compute.
+        seed: Of the order of the visits.
+
+    Returns:
+        For each case, a measurement under each contender's name.
+    """
+    calls_a_visit: dict[tuple[int, str], int] = {}
+    peaks: dict[tuple[int, str], int] = {}
+    times: dict[tuple[int, str], list[float]] = {}
+    for index, case in enumerate(cases):
+        for name, call in case.items():
+            _time(call, 1, device)
+            calls_a_visit[index, name] = max(1, math.ceil(_SECONDS_A_VISIT / _time(call, 1, device)))
+            peaks[index, name] = peak_memory(call, device)
+            times[index, name] = []
+    order = random.Random(seed)
+    for _ in range(repeats):
+        for index in order.sample(range(len(cases)), len(cases)):
+            for name in order.sample(list(cases[index]), len(cases[index])):
+                seconds = _time(cases[index][name], calls_a_visit[index, name], device)
+                times[index, name].append(seconds)
+    return [
+        {name: Measurement(times[index, name], peaks[index, name]) for name in case} for index, case in enumerate(cases)
+    ]
+
+
+def peak_memory(call: Call, device: str = "cpu") -> int:
+    """Finds the largest number of bytes that ``call`` holds at once, its result included.
+
+    Counted is what torch's allocators hand out during the call, oneDNN's and cuDNN's working memory included; what was
+    allocated before it is not, and neither are buffers that other libraries take from the system by themselves.
+
+    Args:
+        call: A call without arguments.
+        device: ``"cpu"`` or ``"cuda"``: whose memory is meant.
+
+    Returns:
+        Bytes.
+    """
+    # garbage of earlier calls that is collected during this one would count as its own
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # the profiler's own remarks ("no GPU found") would stand in the middle of a table
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    return _highest_sum(_cpu_allocations(profile))
+
+
+def benchmark_layers(
+    *, device: str, batch: int, dtype: torch.dtype, repeats: int, shapes: Sequence[tuple[int, int]] = RESNET50_SHAPES
+) -> list[dict[str, Any]]:
+    """Compares a plain convolution, AW-convolution with each backend, and CondConv on 3x3 layers of stride 1.
+
+    ``forward`` is in evaluation mode without a graph; ``forward+backward`` is in training mode with gradients to
+    the input and to every parameter. All contenders of a shape see the same input.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        batch: Number of samples N.
+        dtype: Type of inputs and parameters.
+        repeats: Visits to each contender.
+        shapes: Channels, and height and width in pixels, of each layer.
+
+    Returns:
+        One record for each shape, pass and contender: ``channels``, ``size`` (pixels), ``pass``, ``contender``,
+        ``median_ms`` and ``quartiles_ms`` a call, ``ratio`` (the median over that of the plain convolution),
+        ``peak_memory`` (bytes beyond input and parameters), and ``times_ms``, one for each repeat.
+    """
+    torch.manual_seed(0)
+    keys, cases = [], []
+    for channels, size in shapes:
+        for name in _PASSES:
+            input = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+            keys.append({"channels": channels, "size": size, "pass": name})
+            cases.append(
+                {
+                    contender: _layer_call(layer.to(device, dtype), input, training=name != "forward")
+                    for contender, layer in _layer_contenders(channels).items()
+                }
+            )
+    rows = []
+    for key, results in zip(keys, measure_interleaved(cases, repeats=repeats, device=device), strict=True):
+        baseline = results[_BASELINE].quartiles[1]
+        for contender, result in results.items():
+            first, median, third = result.quartiles
+            rows.append(
+                {
+                    **key,
+                    "contender": contender,
+                    "median_ms": 1e3 * median,
+                    "quartiles_ms": [1e3 * first, 1e3 * third],
+                    "ratio": median / baseline,
+                    "peak_memory": result.peak_memory,
+                    "times_ms": [1e3 * t for t in result.times],
+                }
+            )
+    return rows
+
+
+def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lays the records of :func:`benchmark_layers` out as an aligned Markdown table, both passes side by side."""
+    head = ["3x3 layer", "contender"]
+    for name in _PASSES:
+        head += [f"{name}, ms", "ratio", "MiB"]
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        layer = f"{row['channels']} ch, {row['size']}x{row['size']}"
+        cells = lines.setdefault((layer, row["contender"]), [layer, row["contender"]])
+        low, high = row["quartiles_ms"]
+        cells += [
+            f"{row['median_ms']:.2f} ({low:.2f}-{high:.2f})",
+            f"{row['ratio']:.2f}",
+            f"{row['peak_memory'] / _MIB:.1f}",
+        ]
+    body = list(lines.values())
+    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
+
+    def aligned(cells: Sequence[str]) -> str:
+        justified = [
+            c.ljust(w) if column < 2 else c.rjust(w) for column, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return f"| {' | '.join(justified)} |"
+
+    rule = [("-" * w) if column < 2 else "-" * (w - 1) + ":" for column, w in enumerate(widths)]
+    return "\n".join([aligned(head), aligned(rule), *map(aligned, body)])
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line; ``args`` replaces ``sys.argv[1:]``. Bad input ends in one line and exit code 2."""
+    parser = _Parser(prog="python -m awconv.analysis.benchmark", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    layers = commands.add_parser("layers", help="the four 3x3 convolutions of ResNet-50", description=_layers.__doc__)
+    layers.set_defaults(run=_layers)
+    layers.add_argument("--device", choices=sorted(_BATCHES), default="cpu", help="where to compute (default: cpu)")
+    layers.add_argument("--batch", type=_positive, metavar="N", help="samples (default: 16 on cpu, 256 on cuda)")
+    layers.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="default: float32")
+    layers.add_argument("--repeats", type=_positive, metavar="R", help=f"visits each (default: {_REPEATS})")
+    layers.add_argument("--json", type=Path, metavar="FILE", help="write the records there too; never over a file")
+    layers.add_argument("--quick", action="store_true", help=f"{_QUICK_REPEATS} repeats: rough figures, soon")
+    options = parser.parse_args(args)
+    try:
+        options.run(options)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def _layers(options: argparse.Namespace) -> None:
+    """Compare Conv2d, AWConv2d with each backend, and timm's CondConv2d on the 3x3 convolutions of ResNet-50."""
+    device: str = options.device
+    batch = options.batch or _BATCHES[device]
+    repeats = options.repeats or (_QUICK_REPEATS if options.quick else _REPEATS)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    if options.json is not None:
+        _check_new_file(options.json)
+    record = _circumstances(device)
+    record["arguments"] = {"device": device, "batch": batch, "dtype": options.dtype, "repeats": repeats}
+    print(
+        f"{record['machine']}, torch {record['versions']['torch']}, {options.dtype}, batch {batch}, {record['date']}\n",
+        flush=True,
+    )
+    try:
+        rows = benchmark_layers(device=device, batch=batch, dtype=_DTYPES[options.dtype], repeats=repeats)
+    except RuntimeError as error:
+        # torch.OutOfMemoryError is for CUDA alone
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise InputError(f"--batch {batch}: does not fit into the memory of the {device}; take a smaller one") from None
+    print(layers_table(rows))
+    print(
+        f"\nTime a call: median (quartiles) of {repeats} interleaved repeats. ratio: to {_BASELINE}. "
+        "MiB: peak memory of a call, beyond input and parameters."
+    )
+    if options.json is not None:
+        _write_new_file(options.json, json.dumps({"benchmark": "layers", **record, "rows": rows}, indent=1) + "\n")
+
+
+def _layer_contenders(channels: int) -> dict[str, nn.Module]:
+    contenders: dict[str, nn.Module] = {_BASELINE: nn.Conv2d(channels, channels, 3, padding=1, bias=False)}
+    for backend in BACKENDS:
+        contenders[f"AWConv2d {backend}"] = AWConv2d(channels, channels, 3, padding=1, bias=False, backend=backend)
+    contenders["CondConv2d"] = RoutedCondConv2d(channels)
+    return contenders
+
+
+def _layer_call(layer: nn.Module, input: Tensor, *, training: bool) -> Call:
+    layer.train(training)
+    if not training:
+
+        def infer() -> Tensor:
+            with torch.no_grad():
+                output: Tensor = layer(input)
+            return output
+
+        return infer
+    # a leaf of its own for each contender, of the same memory
+    leaf = input.detach().requires_grad_()
+    wanted = [leaf, *layer.parameters()]
+    gradient = torch.randn_like(input)
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(leaf), wanted, gradient)
+
+    return train
+
+
+def _time(call: Call, calls: int, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (perf_counter() - start) / calls
+
+
+def _cpu_allocations(profile: torch.autograd.profiler.profile) -> list[tuple[int, int]]:
+    """Lists (address, bytes) of every allocation, and (address, -bytes) of every release, in order of time."""
+    found: list[tuple[int, int, int]] = []
+    assert profile.kineto_results is not None
+    waiting = list(profile.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            fields: Any = event.extra_fields
+            if fields.device.type == "cpu":
+                found.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+    return [(address, size) for _, address, size in sorted(found, key=lambda allocation: allocation[0])]
+
+
+def _highest_sum(allocations: list[tuple[int, int]]) -> int:
+    held: dict[int, int] = {}
+    now = highest = 0
+    for address, size in allocations:
+        if size > 0:
+            held[address] = size
+            now += size
+            highest = max(highest, now)
+        else:
+            # what was there before the call is not its own to give back
+            now -= held.pop(address, 0)
+    return highest
+
+
+def _circumstances(device: str) -> dict[str, Any]:
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        threads = torch.get_num_threads()
+        machine = f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("timm", "awconv"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that was not installed
+            versions[package] = "unknown"
+    return {"machine": machine, "versions": versions, "date": datetime.now(UTC).date().isoformat()}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def _check_new_file(path: Path) -> None:
+    if path.exists():
+        raise InputError(f"--json {path}: exists already and is not written over; name a new file")
+    if not path.parent.is_dir():
+        raise InputError(f"--json {path}: there is no folder {path.parent}; make it first")
+
+
+def _write_new_file(path: Path, text: str) -> None:
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"--json {path}: cannot be written ({error.strerror}); name a new file") from None
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 2147483647")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, where argparse would print its usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+if __name__ == "__main__":
+    main()

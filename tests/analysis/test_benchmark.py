@@ -1,0 +1,427 @@
+"""The benchmark's meters against known answers, and its command line; nothing here asserts how fast anything is."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from awconv.analysis import benchmark
+from awconv.layers import BACKENDS
+
+CONTENDERS = ["Conv2d", *(f"AWConv2d {backend}" for backend in BACKENDS), "CondConv2d"]
+
+
+class Clock:
+    """Stands in for time: it moves only while a contender runs, by what that contender is said to take."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        self.visited = []
+        monkeypatch.setattr(benchmark, "perf_counter", lambda: self.now)
+        # one call, as the real meter makes, without the profiler
+        monkeypatch.setattr(benchmark, "peak_memory", lambda call, device: call() and 0)
+
+    def contender(self, name, *seconds):
+        """Takes each of ``seconds`` in turn, the last one for ever."""
+        left = list(seconds)
+
+        def call():
+            self.visited.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return True
+
+        return call
+
+
+# --- interleaving ---------------------------------------------------------------------------------------------------
+
+
+def interleaved(monkeypatch, repeats=12, seed=0):
+    clock = Clock(monkeypatch)
+    # every call outlasts a visit's minimum, so that a visit is one call
+    cases = [{name: clock.contender(name, 1.0) for name in names} for names in ("abcd", "xyz")]
+    results = benchmark.measure_interleaved(cases, repeats=repeats, seed=seed)
+    visited = "".join(clock.visited)
+    return results, visited[: -7 * repeats], [visited[len(visited) - 7 * k :][:7] for k in range(repeats, 0, -1)]
+
+
+def test_every_repeat_visits_every_contender_once(monkeypatch):
+    results, _, repeats = interleaved(monkeypatch)
+    assert [sorted(r) for r in repeats] == [list("abcdxyz")] * 12
+    assert [list(r) for r in results] == [list("abcd"), list("xyz")]
+    assert all(len(m.times) == 12 for r in results for m in r.values())
+
+
+def test_contenders_of_a_case_stay_together(monkeypatch):
+    _, _, repeats = interleaved(monkeypatch)
+    assert all(set(r[:4]) == set("abcd") or set(r[3:]) == set("abcd") for r in repeats)
+
+
+def test_order_is_shuffled_and_fixed_by_the_seed(monkeypatch):
+    _, _, repeats = interleaved(monkeypatch)
+    assert len(set(repeats)) > 6
+    assert {r[0] in "abcd" for r in repeats} == {True, False}
+    # no contender of the first case is always visited first, or always after the same neighbour
+    assert len({re.sub("[xyz]", "", r)[0] for r in repeats}) == 4
+    assert interleaved(monkeypatch)[2] == repeats
+    assert interleaved(monkeypatch, seed=1)[2] != repeats
+
+
+def test_every_contender_is_warmed_up_before_the_first_timed_visit(monkeypatch):
+    _, warm_up, _ = interleaved(monkeypatch)
+    assert all(warm_up.count(name) >= 2 for name in "abcdxyz")
+
+
+def test_times_are_a_call_and_in_the_order_of_the_repeats(monkeypatch):
+    clock = Clock(monkeypatch)
+    # warm-up, calibration, memory; then the visits
+    slow = clock.contender("slow", 9.0, 0.5, 0.5, 0.1, 0.4, 0.2, 0.3)
+    [result] = benchmark.measure_interleaved([{"slow": slow, "other": clock.contender("other", 1.0)}], repeats=4)
+    assert result["slow"].times == pytest.approx([0.1, 0.4, 0.2, 0.3])
+    assert result["slow"].quartiles == pytest.approx((0.175, 0.25, 0.325))
+    assert result["other"].times == pytest.approx([1.0] * 4)
+
+
+def test_short_calls_are_repeated_within_a_visit(monkeypatch):
+    clock = Clock(monkeypatch)
+    call = clock.contender("short", 0.003)
+    [result] = benchmark.measure_interleaved([{"short": call}], repeats=5)
+    # 10 ms are filled by four calls of 3 ms; three calls are made before
+    assert len(clock.visited) == 3 + 5 * 4
+    assert result["short"].times == pytest.approx([0.003] * 5)
+
+
+def test_one_repeat_has_quartiles():
+    assert benchmark.Measurement([2.0], 0).quartiles == (2.0, 2.0, 2.0)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+MEGABYTE = torch.zeros(250_000)
+
+
+def release_before_allocating():
+    first = torch.empty(1_000_000)
+    del first
+    return torch.empty(500_000)
+
+
+def hold_two_then_one():
+    first, second = torch.empty(1_000_000), torch.empty(500_000)
+    del first
+    return second, torch.empty(100)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: torch.empty(1_000_000), 4_000_000),
+        (lambda: torch.empty(1_000_000, dtype=torch.float64), 8_000_000),
+        (release_before_allocating, 4_000_000),
+        (hold_two_then_one, 6_000_000),
+        (lambda: MEGABYTE.exp().neg(), 2_000_000),
+        (lambda: [MEGABYTE.exp() for _ in range(5)], 5_000_000),
+        (lambda: [MEGABYTE.exp().sum() for _ in range(5)][:0], 1_000_000 + 5 * 4),
+        (lambda: MEGABYTE.neg_(), 0),
+        (lambda: MEGABYTE.view(500, 500).t(), 0),
+        (lambda: torch.cat([MEGABYTE, MEGABYTE]), 2_000_000),
+    ],
+)
+def test_peak_memory_of_known_allocations(call, expected):
+    assert benchmark.peak_memory(call) == expected
+
+
+def test_peak_memory_includes_what_backward_holds():
+    leaf = torch.zeros(250_000, requires_grad=True)
+    gradient = torch.ones_like(leaf)
+
+    def call():
+        # exp keeps its result for backward, whose product is the second megabyte; nothing else is needed
+        return torch.autograd.grad(leaf.exp(), [leaf], gradient)
+
+    assert benchmark.peak_memory(call) == 2_000_000
+
+
+def test_releasing_what_was_there_before_does_not_lower_the_peak():
+    kept = [torch.empty(1_000_000)]
+    # allocated under an earlier measurement, so that the profiler knows its size
+    benchmark.peak_memory(lambda: kept.append(torch.empty(1_000_000)))
+
+    def call():
+        kept.clear()
+        return torch.empty(500_000)
+
+    assert benchmark.peak_memory(call) == 2_000_000
+
+
+def test_peak_memory_sees_the_columns_of_unfold():
+    image = torch.randn(4, 8, 16, 16)
+    columns = 4 * (8 * 9) * (16 * 16) * 4
+    peak = benchmark.peak_memory(lambda: F.unfold(image, 3, padding=1).sum())
+    # a copy of the image beside them is torch's own affair
+    assert columns <= peak <= columns + 2 * image.nbytes
+
+
+def test_peak_memory_is_repeatable():
+    layer, image = nn.Conv2d(8, 8, 3), torch.randn(2, 8, 12, 12)
+    layer(image)
+    output_bytes = 2 * 8 * 10 * 10 * 4
+    peaks = {benchmark.peak_memory(lambda: layer(image)) for _ in range(3)}
+    assert len(peaks) == 1
+    assert peaks.pop() >= output_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_on_cuda():
+    # a multiple of the caching allocator's granularity
+    assert benchmark.peak_memory(lambda: torch.empty(4 * 2**20, device="cuda"), "cuda") == 16 * 2**20
+
+
+# --- the layers' calls ----------------------------------------------------------------------------------------------
+
+
+class Probe(nn.Module):
+    """A convolution that remembers in which mode it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.seen = []
+
+    def forward(self, input):
+        self.seen.append((self.training, torch.is_grad_enabled()))
+        return self.conv(input)
+
+
+def test_forward_is_inference():
+    probe, image = Probe(), torch.randn(2, 3, 5, 5)
+    output = benchmark._layer_call(probe, image, training=False)()
+    assert probe.seen == [(False, False)]
+    assert not output.requires_grad
+    torch.testing.assert_close(output, probe.conv(image))
+
+
+def test_backward_reaches_input_and_every_parameter():
+    probe, image = Probe(), torch.randn(2, 3, 5, 5)
+    call = benchmark._layer_call(probe, image, training=True)
+    gradients = call()
+    assert probe.seen == [(True, True)]
+    assert [g.shape for g in gradients] == [image.shape, probe.conv.weight.shape, probe.conv.bias.shape]
+    assert all(g.abs().sum() > 0 for g in gradients)
+    # a second call neither accumulates nor leaves gradients behind
+    torch.testing.assert_close(call(), gradients)
+    assert probe.conv.weight.grad is None
+    assert not image.requires_grad
+
+
+def test_routed_condconv_is_the_sample_by_sample_mixture():
+    layer, images = benchmark.RoutedCondConv2d(6, num_experts=3), torch.randn(4, 6, 7, 5)
+    output = layer(images)
+    experts = layer.conv.weight.view(3, 6, 6, 3, 3)
+    for image, result in zip(images, output, strict=True):
+        routing = torch.sigmoid(layer.routing(image.mean(dim=(1, 2))))
+        kernel = sum(r * e for r, e in zip(routing, experts, strict=True))
+        torch.testing.assert_close(result, F.conv2d(image[None], kernel, padding=1)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layer_records(dtype):
+    rows = benchmark.benchmark_layers(device="cpu", batch=2, dtype=dtype, repeats=2, shapes=((16, 6), (32, 5)))
+    keys = [(r["channels"], r["size"], r["pass"], r["contender"]) for r in rows]
+    shapes_and_passes = [(c, s, p) for c, s in ((16, 6), (32, 5)) for p in ("forward", "forward+backward")]
+    assert keys == [(*key, contender) for key in shapes_and_passes for contender in CONTENDERS]
+    plain = {key[:3]: row for key, row in zip(keys, rows, strict=True) if key[3] == "Conv2d"}
+    for key, row in zip(keys, rows, strict=True):
+        assert len(row["times_ms"]) == 2
+        assert 0 < min(row["times_ms"]) <= row["quartiles_ms"][0] <= row["median_ms"]
+        assert row["median_ms"] <= row["quartiles_ms"][1] <= max(row["times_ms"])
+        assert row["ratio"] == pytest.approx(row["median_ms"] / plain[key[:3]]["median_ms"])
+        # the output is held in every pass, and in training every gradient too
+        output_bytes = 2 * row["channels"] * row["size"] ** 2 * dtype.itemsize
+        assert row["peak_memory"] >= (output_bytes if row["pass"] == "forward" else 2 * output_bytes)
+    assert len({row["ratio"] for row in plain.values()}) == 1
+
+
+# --- table ----------------------------------------------------------------------------------------------------------
+
+
+def test_table_is_aligned_markdown():
+    def row(name, contender, median, ratio, mib):
+        quartiles = [0.9 * median, 1.1 * median]
+        return {"channels": 64, "size": 56, "pass": name, "contender": contender, "median_ms": median, "ratio": ratio,
+                "quartiles_ms": quartiles, "peak_memory": mib * 2**20, "times_ms": [median]}  # fmt: skip
+
+    table = benchmark.layers_table(
+        [
+            row("forward", "Conv2d", 10.0, 1.0, 12.5),
+            row("forward", "AW gemm", 123.456, 12.3456, 1024),
+            row("forward+backward", "Conv2d", 30.0, 1.0, 25),
+            row("forward+backward", "AW gemm", 60.0, 2.0, 50.04),
+        ]
+    )
+    head, rule, *body = table.splitlines()
+    assert len({len(line) for line in (head, rule, *body)}) == 1
+    assert rule.replace("-", "") == "|  |  | : | : | : | : | : | : |"
+    assert [re.split(r" *\| *", line.strip("| ")) for line in (head, *body)] == [
+        ["3x3 layer", "contender", "forward, ms", "ratio", "MiB", "forward+backward, ms", "ratio", "MiB"],
+        ["64 ch, 56x56", "Conv2d", "10.00 (9.00-11.00)", "1.00", "12.5", "30.00 (27.00-33.00)", "1.00", "25.0"],
+        ["64 ch, 56x56", "AW gemm", "123.46 (111.11-135.80)", "12.35", "1024.0", "60.00 (54.00-66.00)", "2.00", "50.0"],
+    ]
+    # numbers end, and names begin, at the same column
+    assert {line.index("| Conv2d") for line in body[:1]} == {line.index("| AW gemm") for line in body[1:]}
+    assert body[0].index("25.0 |") == body[1].index("50.0 |")
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys):
+    file = tmp_path / "records.json"
+    benchmark.main(["layers", "--quick", "--batch", "1", "--json", str(file)])
+    out, err = capsys.readouterr()
+    header, blank, *table, second_blank, legend = out.splitlines()
+    records = json.loads(file.read_text())
+
+    assert err == ""
+    assert blank == second_blank == ""
+    assert f"torch {torch.__version__}, float32, batch 1, {records['date']}" in header
+    assert header.startswith(records["machine"])
+    assert re.search(r"\b\d+ threads?$", records["machine"])
+    assert "3 interleaved repeats" in legend
+    assert len({len(line) for line in table}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    layers = ["64 ch, 56x56", "128 ch, 28x28", "256 ch, 14x14", "512 ch, 7x7"]
+    assert [line[:2] for line in cells[2:]] == [[layer, contender] for layer in layers for contender in CONTENDERS]
+    assert [line[3] for line in cells[2:] if line[1] == "Conv2d"] == ["1.00"] * 4
+
+    assert records["benchmark"] == "layers"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", records["date"])
+    assert records["versions"]["torch"] == torch.__version__
+    assert set(records["versions"]) == {"python", "torch", "timm", "awconv"}
+    assert records["arguments"] == {"device": "cpu", "batch": 1, "dtype": "float32", "repeats": 3}
+    assert len(records["rows"]) == 2 * 4 * len(CONTENDERS)
+    first = records["rows"][0]
+    assert cells[2][2].startswith(f"{first['median_ms']:.2f} (")
+    assert cells[2][4] == f"{first['peak_memory'] / 2**20:.1f}"
+
+
+@pytest.fixture
+def no_measuring(monkeypatch):
+    def measure(**arguments):
+        raise AssertionError(f"measured with {arguments} before the arguments were checked")
+
+    monkeypatch.setattr(benchmark, "benchmark_layers", measure)
+
+
+def refused(args, capsys):
+    with pytest.raises(SystemExit) as exit:
+        benchmark.main(args)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    return err
+
+
+@pytest.mark.usefixtures("no_measuring")
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        ([], ["required", "layers"]),
+        (["layer"], ["'layer'", "layers"]),
+        (["layers", "--batch", "0"], ["--batch", "'0'", "from 1"]),
+        (["layers", "--batch", str(2**64)], ["--batch", str(2**64), "to 2147483647"]),
+        (["layers", "--batch", "many"], ["--batch", "'many'", "whole number"]),
+        (["layers", "--repeats", "-3"], ["--repeats", "'-3'", "from 1"]),
+        (["layers", "--dtype", "int8"], ["--dtype", "int8", "float32", "bfloat16", "float16"]),
+        (["layers", "--device", "tpu"], ["--device", "tpu", "cpu", "cuda"]),
+        (["layers", "--fast"], ["--fast"]),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line(args, told, capsys):
+    message = refused(args, capsys)
+    assert all(word in message for word in told), message
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_missing_cuda_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    message = refused(["layers", "--device", "cuda"], capsys)
+    assert "--device cuda" in message
+    assert "--device cpu" in message
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_an_existing_file_is_not_written_over(tmp_path, capsys):
+    file = tmp_path / "records.json"
+    file.write_text("mine")
+    message = refused(["layers", "--json", str(file)], capsys)
+    assert str(file) in message
+    assert "exists" in message
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_a_missing_folder_is_told_before_anything_is_measured(tmp_path, capsys):
+    message = refused(["layers", "--json", str(tmp_path / "nowhere" / "records.json")], capsys)
+    assert str(tmp_path / "nowhere") in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_appears_meanwhile_is_not_written_over(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "records.json"
+
+    def measure(**arguments):
+        file.write_text("another run's")
+        return []
+
+    monkeypatch.setattr(benchmark, "benchmark_layers", measure)
+    with pytest.raises(SystemExit) as exit:
+        benchmark.main(["layers", "--json", str(file)])
+    assert exit.value.code == 2
+    assert str(file) in capsys.readouterr().err
+    assert file.read_text() == "another run's"
+
+
+def out_of_cpu_memory(**arguments):
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def out_of_cuda_memory(**arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+@pytest.mark.parametrize("measure", [out_of_cpu_memory, out_of_cuda_memory])
+def test_a_batch_that_does_not_fit_is_told_in_one_line(measure, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "benchmark_layers", measure)
+    with pytest.raises(SystemExit) as exit:
+        benchmark.main(["layers", "--batch", "77"])
+    assert exit.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--batch 77" in err
+
+
+def test_other_errors_are_not_blamed_on_memory(monkeypatch):
+    def measure(**arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(benchmark, "benchmark_layers", measure)
+    with pytest.raises(RuntimeError, match="something else"):
+        benchmark.main(["layers"])
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "awconv.analysis.benchmark", "layers", "--batch", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("python -m awconv.analysis.benchmark")
+    assert done.stderr.count("\n") == 1
