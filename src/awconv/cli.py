@@ -70,6 +70,8 @@ def _silence_lightning() -> None:
     """Drops what a user can do nothing about: advertisements, deprecations inside libraries, worker counts."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    # another logger may have made the run folder, which is this run's alone
+    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
     # digits live in memory, where worker processes only cost
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)

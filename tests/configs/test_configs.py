@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-
 PROJECT = Path(__file__).parents[2]
 CONFIGS = PROJECT / "configs"
 RECIPES = sorted((CONFIGS / "recipes").glob("*.yaml"))
