@@ -210,18 +210,19 @@ class AWConvCLI(LightningCLI):
     # ---- running ---------------------------------------------------------------------------------------------------
 
     def fit(self, model: L.LightningModule, **kwargs: Any) -> None:
-        """Trains, and tests the best checkpoint when asked to."""
+        """Trains, tests the best checkpoint when asked to, and says where the run lies."""
         with self._reporting_interrupts():
             self.trainer.fit(model, **kwargs)
-        if self.config[self.subcommand].test_after_fit and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        said = [f"run folder: {self.run_dir}"]
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self.config[self.subcommand].test_after_fit:
             # by its path: "best" makes Lightning warn that there are two checkpoint callbacks
             best = self._get(self.config_init, "checkpoint").best_model_path
-            self.trainer.test(model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
-
-    def after_fit(self) -> None:
-        """Says where the run lies."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print(f"run folder: {self.run_dir}")
+            (measured,) = self.trainer.test(model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
+            said.insert(0, ", ".join(f"{name}: {value:.4f}" for name, value in measured.items()))
+        if self.trainer.is_global_zero:
+            print("\n".join(said))
 
     @contextlib.contextmanager
     def _reporting_interrupts(self) -> Iterator[None]:

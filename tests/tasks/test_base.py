@@ -297,11 +297,12 @@ def test_resume_equals_the_uninterrupted_run(tmp_path, options):
     assert resumed.global_step == run.global_step == 20
 
 
-def resumed_optimizer(tmp_path, before: dict, after: dict):
+def resumed_optimizer(tmp_path, before: dict, after: dict, max_epochs: int = 4):
     checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     trainer(tmp_path, Order(stop_after=10), checkpoint).fit(task(**before), Data())
     order, model = Order(), task(**after)
-    trainer(tmp_path, order).fit(model, Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    run = trainer(tmp_path, order, max_epochs=max_epochs)
+    run.fit(model, Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     return order, model.optimizers().optimizer
 
 
@@ -324,6 +325,17 @@ def test_resuming_onecycle_with_another_peak(tmp_path):
     plain, _ = resumed_optimizer(tmp_path, before, before)
     scaled, _ = resumed_optimizer(tmp_path, before, before | {"lr": 0.05})
     np.testing.assert_allclose(scaled.lrs, np.array(plain.lrs) / 10, rtol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_resuming_to_train_longer_follows_the_longer_schedule(tmp_path, schedule):
+    options = {"lr_schedule": schedule, "optimizer_options": {"momentum": 0.9}}
+    longer = Order()
+    trainer(tmp_path, longer, max_epochs=6).fit(task(**options), Data())
+    resumed, _ = resumed_optimizer(tmp_path, options, options, max_epochs=6)
+    # the first step's rate was set before the interruption
+    np.testing.assert_allclose(resumed.lrs[1:], longer.lrs[11:], rtol=1e-9)
+    assert len(resumed.lrs) == 20
 
 
 @pytest.mark.parametrize("change", [{"optimizer": "adamw"}, {"lr_schedule": "onecycle"}])

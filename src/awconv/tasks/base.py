@@ -252,6 +252,8 @@ class BaseTask(L.LightningModule):
                 group.update({k: v for k, v in self._optimizer_options.items() if k in group})
         for schedule in checkpoint.get("lr_schedulers", []):
             _scale(schedule, ("base_lrs", "_last_lr"), ratio)
+            for key in ("total_steps", "_schedule_phases"):  # OneCycleLR's length, which follows trainer.max_epochs
+                schedule.pop(key, None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads ``state_dict``; under ``strict`` a network of another architecture is an :class:`InputError`."""
