@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from awconv.callbacks import ClassificationReport, draw_confusion_matrix, draw_contact_sheet
-from awconv.callbacks.report import _COLOURS
+from awconv.callbacks.figures import _COLOURS
 from awconv.errors import InputError
 
 NAMES = ["cat", "Straße_$x$", "日本", "dog, or $\\frac{", "a, b\n c", "frog"]
