@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from awconv.analysis import benchmark
@@ -232,7 +233,7 @@ def test_routed_condconv_is_the_sample_by_sample_mixture():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layer_records(dtype):
-    rows = benchmark.benchmark_layers(device="cpu", batch=2, dtype=dtype, repeats=2, shapes=((16, 6), (32, 5)))
+    rows = benchmark.benchmark_layers(((16, 6), (32, 5)), device="cpu", batch=2, dtype=dtype, repeats=2)
     keys = [(r["channels"], r["size"], r["pass"], r["contender"]) for r in rows]
     shapes_and_passes = [(c, s, p) for c, s in ((16, 6), (32, 5)) for p in ("forward", "forward+backward")]
     assert keys == [(*key, contender) for key in shapes_and_passes for contender in CONTENDERS]
@@ -281,7 +282,24 @@ def test_table_is_aligned_markdown():
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys):
+def test_shapes_are_those_of_resnet50():
+    with torch.device("meta"):
+        network, image = torchvision.models.resnet50(), torch.randn(1, 3, 224, 224)
+    seen = set()
+
+    def note(layer, inputs, output):
+        seen.add((layer.in_channels, layer.out_channels, *inputs[0].shape[2:]))
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.stride == (1, 1):
+            layer.register_forward_hook(note)
+    network(image)
+    assert seen == {(channels, channels, size, size) for channels, size in benchmark.RESNET50_SHAPES}
+
+
+def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys, monkeypatch):
+    # the real shapes take longer and tell no more
+    monkeypatch.setattr(benchmark, "RESNET50_SHAPES", ((16, 9), (32, 7)))
     file = tmp_path / "records.json"
     benchmark.main(["layers", "--quick", "--batch", "1", "--json", str(file)])
     out, err = capsys.readouterr()
@@ -296,16 +314,16 @@ def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys):
     assert "3 interleaved repeats" in legend
     assert len({len(line) for line in table}) == 1
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    layers = ["64 ch, 56x56", "128 ch, 28x28", "256 ch, 14x14", "512 ch, 7x7"]
+    layers = ["16 ch, 9x9", "32 ch, 7x7"]
     assert [line[:2] for line in cells[2:]] == [[layer, contender] for layer in layers for contender in CONTENDERS]
-    assert [line[3] for line in cells[2:] if line[1] == "Conv2d"] == ["1.00"] * 4
+    assert [line[3] for line in cells[2:] if line[1] == "Conv2d"] == ["1.00"] * 2
 
     assert records["benchmark"] == "layers"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", records["date"])
     assert records["versions"]["torch"] == torch.__version__
     assert set(records["versions"]) == {"python", "torch", "timm", "awconv"}
     assert records["arguments"] == {"device": "cpu", "batch": 1, "dtype": "float32", "repeats": 3}
-    assert len(records["rows"]) == 2 * 4 * len(CONTENDERS)
+    assert len(records["rows"]) == 2 * 2 * len(CONTENDERS)
     first = records["rows"][0]
     assert cells[2][2].startswith(f"{first['median_ms']:.2f} (")
     assert cells[2][4] == f"{first['peak_memory'] / 2**20:.1f}"
@@ -313,7 +331,7 @@ def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys):
 
 @pytest.fixture
 def no_measuring(monkeypatch):
-    def measure(**arguments):
+    def measure(shapes, **arguments):
         raise AssertionError(f"measured with {arguments} before the arguments were checked")
 
     monkeypatch.setattr(benchmark, "benchmark_layers", measure)
@@ -378,7 +396,7 @@ def test_a_missing_folder_is_told_before_anything_is_measured(tmp_path, capsys):
 def test_a_file_that_appears_meanwhile_is_not_written_over(tmp_path, capsys, monkeypatch):
     file = tmp_path / "records.json"
 
-    def measure(**arguments):
+    def measure(shapes, **arguments):
         file.write_text("another run's")
         return []
 
@@ -390,11 +408,11 @@ def test_a_file_that_appears_meanwhile_is_not_written_over(tmp_path, capsys, mon
     assert file.read_text() == "another run's"
 
 
-def out_of_cpu_memory(**arguments):
+def out_of_cpu_memory(shapes, **arguments):
     torch.empty(2**60, dtype=torch.uint8)
 
 
-def out_of_cuda_memory(**arguments):
+def out_of_cuda_memory(shapes, **arguments):
     raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
@@ -410,7 +428,7 @@ def test_a_batch_that_does_not_fit_is_told_in_one_line(measure, capsys, monkeypa
 
 
 def test_other_errors_are_not_blamed_on_memory(monkeypatch):
-    def measure(**arguments):
+    def measure(shapes, **arguments):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(benchmark, "benchmark_layers", measure)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from awconv.errors import InputError
 from awconv.layers import BACKENDS, AWConv2d
 
-# The 3x3 convolutions of ResNet-50's four stages: channels in and out, height and width, in pixels.
+# The 3x3 convolutions of ResNet-50's four stages: channels in and out; height and width in pixels.
 RESNET50_SHAPES: tuple[tuple[int, int], ...] = ((64, 56), (128, 28), (256, 14), (512, 7))
 _BASELINE = "Conv2d"
 _PASSES = ("forward", "forward+backward")
@@ -153,7 +153,7 @@ def peak_memory(call: Call, device: str = "cpu") -> int:
 
 
 def benchmark_layers(
-    *, device: str, batch: int, dtype: torch.dtype, repeats: int, shapes: Sequence[tuple[int, int]] = RESNET50_SHAPES
+    shapes: Sequence[tuple[int, int]], *, device: str, batch: int, dtype: torch.dtype, repeats: int
 ) -> list[dict[str, Any]]:
     """Compares a plain convolution, AW-convolution with each backend, and CondConv on 3x3 layers of stride 1.
 
@@ -161,11 +161,11 @@ def benchmark_layers(
     the input and to every parameter. All contenders of a shape see the same input.
 
     Args:
+        shapes: Channels in and out, and height and width in pixels, of each layer.
         device: ``"cpu"`` or ``"cuda"``.
         batch: Number of samples N.
         dtype: Type of inputs and parameters.
         repeats: Visits to each contender.
-        shapes: Channels, and height and width in pixels, of each layer.
 
     Returns:
         One record for each shape, pass and contender: ``channels``, ``size`` (pixels), ``pass``, ``contender``,
@@ -266,7 +266,9 @@ def _layers(options: argparse.Namespace) -> None:
         flush=True,
     )
     try:
-        rows = benchmark_layers(device=device, batch=batch, dtype=_DTYPES[options.dtype], repeats=repeats)
+        rows = benchmark_layers(
+            RESNET50_SHAPES, device=device, batch=batch, dtype=_DTYPES[options.dtype], repeats=repeats
+        )
     except RuntimeError as error:
         # torch.OutOfMemoryError is for CUDA alone
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
