@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# one thread a core: more only fight each other on small machines
-export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-fast lint format clean
 

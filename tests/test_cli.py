@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 import wandb
 import yaml
 from PIL import Image
+
+from awconv.tasks import BaseTask
 
 PROJECT = Path(__file__).parents[1]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -68,7 +71,8 @@ def test_fit_with_no_config_trains_the_embedded_default(cli, tmp_path):
     assert code == 0, err
     run = only_run(tmp_path)
     assert run.parent.name == "digits-aw_resnet20"
-    assert f"run folder: {run}" in out
+    assert out.count(f"run folder: {run}") == 1
+    assert re.search(r"^test/loss: \d\.\d{4}, test/acc1: [01]\.\d{4}, test/acc5: [01]\.\d{4}$", out, re.MULTILINE)
     assert f"confusion matrix: {run / 'confusion_matrix.png'}" in out
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     with Image.open(run / "confusion_matrix.png") as picture:
@@ -214,6 +218,160 @@ def test_resume_takes_the_whole_config_and_reaches_the_same_weights(cli, tmp_pat
     assert one["lr_schedulers"] == two["lr_schedulers"]
 
 
+def test_configs_come_before_flags_wherever_they_stand(cli, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("trainer: {max_epochs: 7}\nmodel: {init_args: {lr: 0.5}}\n")
+    for config in (["-c", overlay], [f"-c{overlay}"], [f"--config={overlay}"]):
+        digits = ["-c", "configs/recipes/digits.yaml", "--config", "configs/models/resnet20.yaml"]
+        code, out, err = cli("fit", "--model.lr=0.25", *digits, *config, "--print_config")
+        assert code == 0, err
+        printed = yaml.safe_load(out)
+        assert printed["model"]["init_args"]["lr"] == 0.25
+        assert printed["trainer"]["max_epochs"] == 7
+
+
+def test_a_checkpoint_named_in_a_config_or_twice(cli, tmp_path, trained):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(f"ckpt_path: last\ntrainer: {{default_root_dir: {tmp_path / 'runs'}}}\n")
+    code, _, err = cli("fit", "-c", overlay, "--trainer.max_epochs=3")
+    assert code == 0, err
+    newest = max((tmp_path / "runs").glob("*/*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    assert newest.parents[1] != trained
+    assert torch.load(newest, weights_only=True)["global_step"] == 6
+    code, _, err = cli("test", "--ckpt_path=nowhere.ckpt", f"--ckpt_path={newest}", *QUIET)
+    assert code == 0, err
+
+
+def test_the_config_of_a_run_serves_every_command(cli, tmp_path, trained):
+    checkpoint = f"--ckpt_path={trained / 'checkpoints/best.ckpt'}"
+    assert "ckpt_path" not in yaml.safe_load((trained / "config.yaml").read_text())
+    code, _, err = cli("test", "-c", trained / "config.yaml", checkpoint)
+    assert code == 0, err
+    code, _, err = cli("fit", "-c", only_run(tmp_path, "-test") / "config.yaml", "--trainer.max_epochs=1")
+    assert code == 0, err
+
+
+def test_a_resumed_run_keeps_the_best_so_far(cli, tmp_path, trained):
+    best = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)
+    code, _, err = cli(
+        "fit", f"--ckpt_path={trained / 'checkpoints/last.ckpt'}", "--trainer.max_epochs=4", "--model.lr=30"
+    )
+    assert code == 0, err
+    resumed = next(folder for folder in trained.parent.iterdir() if folder != trained)
+    after = torch.load(resumed / "checkpoints/best.ckpt", weights_only=True)
+    with (resumed / "metrics.csv").open() as file:
+        later = [float(row["val/acc1"]) for row in csv.DictReader(file) if row["val/acc1"]]
+    (score,) = (state["best_model_score"] for key, state in best["callbacks"].items() if "BestCheckpoint" in key)
+    if max(later) <= score:
+        assert after["global_step"] == best["global_step"]
+        assert all(torch.equal(after["state_dict"][k], best["state_dict"][k]) for k in best["state_dict"])
+    else:
+        assert after["global_step"] > 4
+    assert torch.load(resumed / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.parametrize("option", ["--trainer.limit_val_batches=0", "--checkpoint.save_top_k=0"])
+def test_test_after_fit_without_a_best(cli, tmp_path, option):
+    code, out, err = cli("fit", *short(tmp_path), option, "--test_after_fit=true")
+    assert code == 0, err
+    assert "testing the last weights" in err
+    assert "test/acc1: " in out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.logger=null"],
+        ["--trainer.logger=true"],
+        ["--trainer.logger.save_dir={tmp}/logs"],
+        ["--trainer.callbacks+=TQDMProgressBar", "--trainer.enable_progress_bar=true"],
+        ["--trainer.callbacks+=ModelCheckpoint"],
+        ["--trainer.callbacks+=awconv.callbacks.ClassificationReport", "--trainer.callbacks.max_pictures=3"],
+        ["--trainer.enable_checkpointing=false"],
+        ["--trainer.enable_progress_bar=true"],
+        ["--trainer.barebones=true", "--trainer.logger=false", "--trainer.log_every_n_steps=0"],
+    ],
+    ids=lambda value: value[0].removeprefix("--trainer."),
+)
+def test_loggers_and_callbacks_of_ones_own(cli, tmp_path, options):
+    for _ in range(2):  # the second run must not trip over the first
+        code, _, err = cli("fit", *short(tmp_path), *(option.format(tmp=tmp_path) for option in options))
+        assert code == 0, err
+    assert len(list((tmp_path / "runs").glob("*/*/config.yaml"))) == 2
+
+
+def test_a_folder_with_checkpoints_of_another_run_is_left_alone(cli, tmp_path, trained):
+    before = (trained / "checkpoints/best.ckpt").read_bytes()
+    result = cli("fit", *short(tmp_path), f"--checkpoint.dirpath={trained / 'checkpoints'}")
+    assert_one_clear_line(result, "best.ckpt of another run", "--ckpt_path")
+    assert (trained / "checkpoints/best.ckpt").read_bytes() == before
+
+
+# ---- modules of a fork ------------------------------------------------------------------------------
+
+
+class PlainModule(L.LightningModule):
+    """Knows nothing of this project: no hyperparameters, no class names, another metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 10)
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/acc1", (self.layer(batch[0].flatten(1)).argmax(1) == batch[1]).float().mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class OtherTask(BaseTask):
+    """A task with arguments of other types than ClassificationTask's."""
+
+    def __init__(self, attention: bool = True, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.set_network(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)))
+
+    def training_step(self, batch, batch_idx):
+        return self.check_loss(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/acc1", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    test_step = validation_step
+
+
+class PlainData(L.LightningDataModule):
+    """Loaders and nothing else."""
+
+    def train_dataloader(self):
+        images = torch.randn(32, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, torch.arange(32) % 10), 8)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("data", ["PlainData", "awconv.data.DigitsDataModule"])
+@pytest.mark.parametrize("model", ["PlainModule", "OtherTask"])
+def test_modules_of_a_fork(cli, tmp_path, model, data):
+    digits = ["--data.image_size=8"] if "Digits" in data else []
+    data = data if "." in data else f"test_cli.{data}"
+    options = [*SHORT[:7], f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    (tmp_path / "own.yaml").write_text(f"model: {{class_path: test_cli.{model}}}\ndata: {{class_path: {data}}}\n")
+    code, _, err = cli("fit", "-c", tmp_path / "own.yaml", *options, *digits)
+    assert code == 0, err
+    checkpoint = f"--ckpt_path={only_run(tmp_path) / 'checkpoints/last.ckpt'}"
+    code, out, err = cli("test", checkpoint, *options)
+    assert code == 0, err
+    assert "val/acc1" in out
+    code, _, err = cli("fit", checkpoint, "--trainer.max_epochs=3")
+    assert code == 0, err
+
+
 def test_last_and_best_mean_the_newest_run(cli, tmp_path, trained):
     root = f"--trainer.default_root_dir={tmp_path / 'runs'}"
     for name in ("last", "best"):
@@ -314,7 +472,16 @@ BAD_ARGUMENTS = [
     (["fit", "--trainer.accelerator", "gpu"], ["gpu", "--trainer.accelerator cpu"]),
     (["fit", "--model.initial_weights", "nowhere.pth"], ["nowhere.pth", "does not exist"]),
     (["test", "--ckpt_path", "nowhere.ckpt"], ["nowhere.ckpt", "does not exist", "last or best"]),
-    (["predict"], ["predict_dir", "--data.predict_dir"]),
+    (["predict"], ["predict needs trained weights", "--ckpt_path best"]),
+    (["test"], ["test needs trained weights", "--ckpt_path FILE"]),
+    (["fit", "--ckpt=last"], ["'ckpt'", "ckpt_path"]),
+    (["fit", "--seed=3"], ["'seed'"]),
+    (["fit", "--trainer.max_epoch", "3"], ["trainer.max_epoch", "did you mean trainer.max_epochs?"]),
+    (["fit", "--ckpt_path="], ["--ckpt_path has no value"]),
+    (["fit", "-c", "configs"], ["'configs'", "is a folder"]),
+    (["fit", "--model.num_classes=5"], ["model.num_classes is taken from the data"]),
+    (["fit", "--trainer.strategy=ddpp"], ["the trainer refuses its settings", "ddpp"]),
+    (["fit", "--trainer.accelerator=abacus"], ["the trainer refuses its settings", "abacus"]),
 ]
 
 

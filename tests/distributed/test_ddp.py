@@ -1,4 +1,4 @@
-"""Real processes on a CPU: two must measure what one measures, and train one network."""
+"""Real processes on a CPU: two must measure what one measures."""
 
 import csv
 import subprocess

@@ -42,7 +42,7 @@ class Order(L.Callback):
 
 
 class Data(L.LightningDataModule):
-    """Fixed pictures in a fixed order, 20 batches of 8 an epoch."""
+    """Fixed pictures in a fixed order."""
 
     def __init__(self, batches: int = 5, scale: float = 1.0) -> None:
         super().__init__()
@@ -95,6 +95,8 @@ def warmed(steps: int, warmup: int, after) -> list[float]:
             [1.0] * 10 + [0.2] * 5 + [0.04] * 5,
         ),
         ({"lr_schedule": "multistep", "milestones": [2], "warmup_epochs": 0.5}, 5, [1.0, 1.0, 0.1, 0.1]),
+        # five batches in twos make three steps an epoch
+        ({"lr_schedule": "multistep", "milestones": [2]}, 2, [1.0] * 6 + [0.1] * 6),
     ],
 )
 def test_learning_rate_of_every_step(tmp_path, options, accumulate, expected):
@@ -158,7 +160,7 @@ def test_weight_decay_can_spare_norms_and_biases(tmp_path):
 def test_decay_is_zero_unless_asked_for(tmp_path):
     model = task(optimizer="adamw")  # whose own default is 0.01
     trainer(tmp_path, max_epochs=1).fit(model, Data())
-    assert [group["weight_decay"] for group in model.optimizers().param_groups] == [0.0]
+    assert {group["weight_decay"] for group in model.optimizers().param_groups} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -173,6 +175,10 @@ def test_decay_is_zero_unless_asked_for(tmp_path):
         ({"ema_decay": 1.5}, ["ema_decay=1.5", "between 0 and 1"]),
         ({"lr_schedule": "multistep"}, ["milestones"]),
         ({"lr_schedule": "cosin"}, ["'cosin'", "cosine"]),
+        ({"gamma": -1.0}, ["gamma=-1.0"]),
+        ({"min_lr": 5.0}, ["min_lr=5.0", "lr=0.1"]),
+        ({"milestones": [-1]}, ["milestones=[-1]"]),
+        ({"optimizer_options": {"lr": 3}}, ["optimizer_options holds lr", "model.lr"]),
         ({"label_smoothing": 1.0}, ["label_smoothing=1.0"]),
         ({"class_names": ["a", "b"]}, ["2 names", "num_classes=3"]),
         ({"num_classes": 0}, ["num_classes=0"]),
@@ -294,6 +300,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path, options):
     resumed.fit(second, Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(flat(second), flat(whole))
     assert order.lrs == whole_order.lrs[10:]
+    assert order.momenta == whole_order.momenta[10:]
     assert resumed.global_step == run.global_step == 20
 
 
@@ -333,9 +340,35 @@ def test_resuming_to_train_longer_follows_the_longer_schedule(tmp_path, schedule
     longer = Order()
     trainer(tmp_path, longer, max_epochs=6).fit(task(**options), Data())
     resumed, _ = resumed_optimizer(tmp_path, options, options, max_epochs=6)
-    # the first step's rate was set before the interruption
-    np.testing.assert_allclose(resumed.lrs[1:], longer.lrs[11:], rtol=1e-9)
-    assert len(resumed.lrs) == 20
+    np.testing.assert_allclose(resumed.lrs, longer.lrs[10:], rtol=1e-9)
+    np.testing.assert_allclose(resumed.momenta, longer.momenta[10:], rtol=1e-9)
+
+
+def test_resuming_with_another_schedule_follows_it_from_the_first_step(tmp_path):
+    resumed, _ = resumed_optimizer(tmp_path, {"lr_schedule": "cosine"}, {"lr_schedule": "constant", "lr": 0.2})
+    np.testing.assert_allclose(resumed.lrs, [0.2] * 10)
+
+
+def test_resuming_with_weight_decay_where_there_was_none(tmp_path):
+    after = {"weight_decay": 0.1, "decay_norm_and_bias": False}
+    _, optimizer = resumed_optimizer(tmp_path, {"lr_schedule": "constant"}, {"lr_schedule": "constant", **after})
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [("sgd", {}), ("adagrad", {}), ("adamw", {}), ("sgd", {"momentum": 0.9})]
+)
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 4.0])
+def test_onecycle_takes_any_optimiser_and_warmup(tmp_path, optimizer, options, warmup):
+    order, model = (
+        Order(),
+        task(lr_schedule="onecycle", optimizer=optimizer, optimizer_options=options, warmup_epochs=warmup),
+    )
+    trainer(tmp_path, order).fit(model, Data())
+    assert max(order.lrs) <= 0.5 * (1 + 1e-9)
+    assert order.lrs[-1] < order.lrs[1]
+    if optimizer == "sgd" and not options:
+        assert set(order.momenta) == {0}
 
 
 @pytest.mark.parametrize("change", [{"optimizer": "adamw"}, {"lr_schedule": "onecycle"}])

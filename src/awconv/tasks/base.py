@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -84,6 +85,13 @@ class BaseTask(L.LightningModule):
         for name, value, low in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("warmup_epochs", warmup_epochs, 0)):
             if not value >= low or not math.isfinite(value):
                 raise InputError(f"{name}={value} must be a number of at least {low}")
+        if gamma <= 0 or not 0 <= min_lr <= lr or any(epoch < 0 for epoch in milestones or []):
+            raise InputError(
+                f"gamma={gamma}, min_lr={min_lr}, milestones={milestones}: expected a positive factor, a learning rate "
+                f"from 0 to lr={lr}, and epochs of at least 0"
+            )
+        if fixed := {"lr", "weight_decay"} & set(optimizer_options or {}):
+            raise InputError(f"optimizer_options holds {min(fixed)}; give it as model.{min(fixed)}")
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise InputError(f"ema_decay={ema_decay} must lie between 0 and 1, or be null for no averaging")
         if lr_schedule == "multistep" and not milestones:
@@ -130,15 +138,14 @@ class BaseTask(L.LightningModule):
 
     def _build_optimizer(self) -> Optimizer:
         hparams = self.hparams
-        groups: list[dict[str, Any]]
         parameters = [p for p in self.parameters() if p.requires_grad]
-        if hparams["decay_norm_and_bias"] or not hparams["weight_decay"]:
-            groups = [{"params": parameters}]
-        else:
-            groups = [
-                {"params": [p for p in parameters if p.ndim > 1]},
-                {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-            ]
+        # always two groups, so that a resumed run may decide otherwise about norms and biases
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1]},
+        ]
+        if not hparams["decay_norm_and_bias"] and hparams["weight_decay"]:
+            groups[1]["weight_decay"] = 0.0
         optimizer = _OPTIMIZERS[hparams["optimizer"].lower()]
         options = {"lr": hparams["lr"], **self._optimizer_options}
         # passed even when it is zero: AdamW's own default is not
@@ -156,14 +163,26 @@ class BaseTask(L.LightningModule):
             raise InputError(
                 "trainer.max_epochs=-1 has no end for the schedule to aim at; give max_epochs or max_steps"
             )
-        per_epoch = max(1.0, self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        per_epoch = self._steps_per_epoch()
         warmup = min(round(hparams["warmup_epochs"] * per_epoch), int(total))
         if hparams["lr_schedule"] == "onecycle":
-            rise = warmup / total if warmup else 0.3
-            return OneCycleLR(optimizer, max_lr=hparams["lr"], total_steps=max(int(total), 1), pct_start=rise)
+            # OneCycleLR divides by the length of its two parts, less one step each
+            rise = min(max(warmup, 2), total - 2) / total if warmup and total > 3 else 0.3
+            group = optimizer.param_groups[0]
+            return OneCycleLR(
+                optimizer,
+                max_lr=hparams["lr"],
+                total_steps=max(int(total), 1),
+                pct_start=rise,
+                cycle_momentum="betas" in group or bool(group.get("momentum")),
+            )
         return LambdaLR(optimizer, self._lr_factor(int(total), warmup, per_epoch))
 
-    def _lr_factor(self, total: int, warmup: int, per_epoch: float) -> Callable[[int], float]:
+    def _steps_per_epoch(self) -> int:
+        # the last batches of an epoch make a step too, however few they are
+        return max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
+
+    def _lr_factor(self, total: int, warmup: int, per_epoch: int) -> Callable[[int], float]:
         """Gives the learning rate after ``step`` optimiser steps, as a fraction of ``lr``.
 
         A plain function: LambdaLR keeps none of it in its state, so the arguments of a resumed run are what counts.
@@ -203,7 +222,7 @@ class BaseTask(L.LightningModule):
         """Stops training on a loss that is no number."""
         at_once = self.device.type == "cpu" and self.trainer.world_size == 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if at_once or (batch_idx + 1) % every == 0:
+        if at_once or (every and (batch_idx + 1) % every == 0):
             self._stop_if_not_finite()
 
     def _stop_if_not_finite(self) -> None:
@@ -212,11 +231,11 @@ class BaseTask(L.LightningModule):
         # every process must leave together, or the others wait for ever in their next collective
         step = int(self.trainer.strategy.reduce(self._non_finite_step.float(), reduce_op="max"))
         if step >= 0:
-            per_epoch = max(1, int(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
+            epoch = step // self._steps_per_epoch()
             raise InputError(
-                f"the loss was not finite at step {step} (epoch {step // per_epoch}); training stopped and wrote no "
-                f"checkpoint after it. Lower model.lr (now {self.hparams['lr']}), lengthen "
-                "model.warmup_epochs, or clip with trainer.gradient_clip_val"
+                f"the loss was not finite at step {step} (epoch {epoch}); training stopped and wrote no checkpoint "
+                f"after it. Lower model.lr (now {self.hparams['lr']}), lengthen model.warmup_epochs, or clip with "
+                "trainer.gradient_clip_val"
             )
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
@@ -232,7 +251,7 @@ class BaseTask(L.LightningModule):
         """Lets this run's optimiser arguments win over those that the checkpoint would restore."""
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         states = checkpoint.get("optimizer_states", [])
-        if not saved or not states or self._trainer is None or self.trainer.state.fn != "fit":
+        if "optimizer" not in saved or not states or self._trainer is None or self.trainer.state.fn != "fit":
             return
         now = self.hparams
         if saved["optimizer"].lower() != now["optimizer"].lower() or (saved["lr_schedule"] == "onecycle") != (
@@ -244,16 +263,27 @@ class BaseTask(L.LightningModule):
                 f"{now['lr_schedule']!r}; to start afresh from its weights use model.initial_weights"
             )
         ratio = now["lr"] / saved["lr"] if saved["lr"] else 1.0
+        decays = (now["weight_decay"], now["weight_decay"] if now["decay_norm_and_bias"] else 0.0)
         for state in states:
-            for group in state["param_groups"]:
+            for group, decay in zip(state["param_groups"], decays, strict=True):
                 _scale(group, ("lr", "initial_lr", "max_lr", "min_lr"), ratio)
-                if group.get("weight_decay"):
-                    group["weight_decay"] = now["weight_decay"]
+                if "weight_decay" in group:
+                    group["weight_decay"] = decay
                 group.update({k: v for k, v in self._optimizer_options.items() if k in group})
         for schedule in checkpoint.get("lr_schedulers", []):
             _scale(schedule, ("base_lrs", "_last_lr"), ratio)
             for key in ("total_steps", "_schedule_phases"):  # OneCycleLR's length, which follows trainer.max_epochs
                 schedule.pop(key, None)
+
+    def on_train_start(self) -> None:
+        """Sets what the schedule says for the next step: a resumed run may have another schedule than the saved one."""
+        schedule = self.lr_schedulers()
+        if isinstance(schedule, LambdaLR | OneCycleLR):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # get_lr outside step() is what is meant here
+                rates = schedule.get_lr()
+            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads ``state_dict``; under ``strict`` a network of another architecture is an :class:`InputError`."""
@@ -264,11 +294,16 @@ class BaseTask(L.LightningModule):
 
 
 class _WeightAverage(EMAWeightAveraging):
-    """Lightning's average, kept to training.
+    """Lightning's average, kept to training and to the device that trains.
 
     Left attached after ``fit``, the original would swap its weights into a ``validate`` of another checkpoint, and
     replace the average that ``test`` has just loaded by the weights it was averaged from.
     """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # the module itself is still on the CPU here, where the original would leave the average for good
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":

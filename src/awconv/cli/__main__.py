@@ -1,0 +1,3 @@
+from awconv.cli import main
+
+main()

@@ -1,0 +1,145 @@
+"""What was typed, put in order: the base config, the configs, the flags, so that each wins over the one before."""
+
+import difflib
+import re
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from awconv.errors import InputError
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+# what the model learns from the data, so that nobody has to type it
+LINKED = ("num_classes", "class_names", "in_channels", "image_size")
+
+
+def complete(args: list[str]) -> list[str]:
+    """Puts the base config and the configs before the flags, and names the checkpoint file that is meant.
+
+    The base is the config that the checkpoint carries where ``--ckpt_path`` is given, else the embedded default where
+    no config is. All of a checkpoint's config is the base of ``fit``, which goes on with that run; its data and model
+    are the base of the other commands.
+
+    Args:
+        args: The words after the program's name.
+
+    Returns:
+        The words for the parser.
+
+    Raises:
+        InputError: If a config or the checkpoint cannot be read, or an argument is given that the data decide.
+    """
+    if not args or args[0] not in SUBCOMMANDS:
+        return args
+    subcommand, *words = args
+    words = [f"--config={word[2:]}" if re.match(r"-c[^=]", word) else word for word in words]  # -cFILE
+    paths, flags = _split(words, "-c|--config")
+    configs = [_read_config(Path(path)) for path in paths]
+    _refuse_linked(flags, configs)
+
+    asked, flags = _split(flags, "--ckpt_path")
+    asked += [] if asked else [str(c["ckpt_path"]) for c in configs if c.get("ckpt_path") is not None]
+    base = None
+    if asked and asked[-1] not in ("null", "None"):
+        roots = [
+            str(c["trainer"]["default_root_dir"]) for c in configs if "default_root_dir" in (c.get("trainer") or {})
+        ]
+        roots += _split(flags, r"--trainer\.default_root_dir")[0]
+        checkpoint = _resolve_checkpoint(asked[-1], Path(roots[-1] if roots else "runs"))
+        flags.append(f"--ckpt_path={checkpoint}")
+        base = _checkpoint_config(checkpoint, subcommand, has_config=bool(configs))
+    elif not configs:
+        base = files("awconv.cli").joinpath("default.yaml").read_text()
+    ordered = [base, *paths] if base else paths
+    return [subcommand, *(f"--config={config}" for config in ordered), *flags]
+
+
+def _split(words: list[str], option: str) -> tuple[list[str], list[str]]:
+    """Takes an option out of the words: all its values, in order, and the words that are left."""
+    values, rest = [], []
+    queue = iter(words)
+    for word in queue:
+        match = re.fullmatch(rf"(?:{option})(?:=(.*))?", word, re.DOTALL)
+        if not match:
+            rest.append(word)
+            continue
+        value = match[1] if match[1] is not None else next(queue, None)
+        if not value:
+            raise InputError(f"{word.rstrip('=')} has no value; give it one, as in {word.rstrip('=')} FILE")
+        values.append(value)
+    return values, rest
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = {p.name: str(p) for p in Path("configs").glob("**/*.yaml")}
+        near = difflib.get_close_matches(path.name, there, n=1)
+        hint = f"; did you mean {there[near[0]]}?" if near else "; give a YAML file"
+        raise InputError(f"config {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config {str(path)!r} holds {type(content).__name__}, not sections such as model: and data:")
+    return content
+
+
+def _refuse_linked(flags: list[str], configs: list[dict[str, Any]]) -> None:
+    typed = {match[1] for flag in flags if (match := re.match(r"--model\.(?:init_args\.)?(\w+)(?:=|$)", flag))}
+    for config in configs:
+        model = config.get("model")
+        typed |= set(model.get("init_args") or {}) if isinstance(model, dict) else set()
+    if given := typed & set(LINKED):
+        raise InputError(
+            f"model.{sorted(given)[0]} is taken from the data and cannot be given; change the data instead"
+        )
+
+
+def _resolve_checkpoint(value: str, root: Path) -> Path:
+    if value in ("last", "best"):
+        found = sorted(root.glob(f"**/checkpoints/{value}.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise InputError(
+                f"ckpt_path={value!r}: no run under {root}/ has a {value}.ckpt; train one or give its path"
+            )
+        print(f"ckpt_path={value}: {found[-1]}", file=sys.stderr)
+        return found[-1]
+    path = Path(value)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"ckpt_path={value!r} {what}; give a .ckpt file, or last or best for the newest run's")
+    return path
+
+
+def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | None:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the unpickler, the zip reader and the file system each raise their own kinds
+        raise InputError(
+            f"ckpt_path={str(path)!r} is not a checkpoint that can be loaded as weights only "
+            f"({type(error).__name__}); it is damaged, another kind of file, or carries code, which is never run"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise InputError(
+            f"ckpt_path={str(path)!r} is no checkpoint of a run; bare weights go into --model.initial_weights"
+        )
+    config = checkpoint.get("config")
+    if config is None:
+        if has_config:
+            return None
+        raise InputError(f"ckpt_path={str(path)!r} carries no config; give with -c the configs it was trained with")
+    if subcommand != "fit":
+        config = {key: config[key] for key in ("seed_everything", "data", "model")}
+    model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
+    if "initial_weights" in model:
+        model["initial_weights"] = None  # they are in the checkpoint
+    if "class_names" in data:
+        # the classes that the network knows: pictures can be predicted where the data set itself is not
+        data["class_names"] = checkpoint.get("hyper_parameters", {}).get("class_names")
+    dumped: str = yaml.safe_dump(config)
+    return dumped

@@ -1,0 +1,75 @@
+"""Saying in one line what the parser says in many."""
+
+import difflib
+import inspect
+import re
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser
+
+import awconv.data
+import awconv.tasks
+from awconv.cli.arguments import SUBCOMMANDS
+
+
+def one_line(message: str, parser: LightningArgumentParser) -> str:
+    """Rewrites a message of jsonargparse as one line that ends in the remedy."""
+    text = " ".join(message.split())
+    if unknown := re.search(r"(?:[Oo]ption '|unrecognized arguments: -*)([\w.]+)", text):
+        return f"unknown option {unknown[1]!r}{_nearest_option(unknown[1], parser)}"
+    if "subcommand" in text and not text.startswith("Parser"):
+        return f"{text.split(' (')[0].rstrip('.')}; choose one of {', '.join(SUBCOMMANDS)}"
+    if missing := re.search(r"required: (.+)", text):
+        name = missing[1].rsplit(".", 1)[-1]
+        return f"{name} is required{_HOW_TO_GIVE.get(name, '')}"
+    key = re.search(r'Parser key "([\w.]+)"', text)
+    value = re.search(r"(?:Given value|Got value): (.*?)$", text)
+    if not key or not value:
+        return text
+    if key[1] in ("model", "data"):
+        choices = [cls.__name__ for cls in _classes_for(key[1])]
+        return f"{key[1]}={value[1]!r} is no known class; choose one of {', '.join(choices)}, or a dotted import path"
+    literal = re.search(r"Literal\[(.*?)\]", text)
+    if literal:
+        near = difflib.get_close_matches(value[1], re.findall(r"'(.*?)'", literal[1]), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key[1]}={value[1]!r} is unknown; choose one of {literal[1]}{hint}"
+    subtypes = re.search(r"Subtypes: \[(.*?)\] Errors", text)
+    expected = subtypes[1] if subtypes else text[: value.start()].split("Expected a ", 1)[-1].rstrip(". ")
+    for pattern, plain in ((r"<class '(?:\w+\.)*(\w+)'>", r"\1"), (r"typing\.", ""), ("NoneType", "null")):
+        expected = re.sub(pattern, plain, expected)
+    return f"{key[1]}={value[1]!r} is not valid; expected {expected.replace(', ', ' or ')}"
+
+
+_BASES = (awconv.tasks.BaseTask, awconv.data.ClassificationDataModule)
+_HOW_TO_GIVE = {
+    "backbone": ": add a model, such as -c configs/models/aw_resnet20.yaml or --model.backbone resnet50",
+    "model": ": add a model, such as -c configs/models/aw_resnet20.yaml",
+    "data": ": add a recipe, such as -c configs/recipes/cifar10.yaml",
+}
+
+
+def _classes_for(section: str) -> list[type]:
+    """Lists the task or data module classes that can be named, this project's and those of imported forks."""
+    found: set[type] = set()
+    queue: list[type] = [L.LightningModule if section == "model" else L.LightningDataModule]
+    while queue:
+        subclasses: list[type] = queue.pop().__subclasses__()
+        queue += subclasses
+        found.update(subclasses)
+    found = {cls for cls in found - set(_BASES) if not cls.__module__.startswith(("lightning.", "torchmetrics."))}
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+def _nearest_option(name: str, parser: LightningArgumentParser) -> str:
+    subparsers = [a.choices.values() for a in parser._actions if isinstance(a.choices, dict)]
+    options = {action.dest for one in [parser, *(p for group in subparsers for p in group)] for action in one._actions}
+    for section in ("model", "data"):
+        for cls in _classes_for(section):
+            for ancestor in cls.__mro__:
+                if not ancestor.__module__.startswith(("lightning.", "torch", "builtins")):
+                    options |= {f"{section}.{name}" for name in inspect.signature(ancestor).parameters}
+    tail = name.rsplit(".", 1)[-1]
+    by_tail = {option.rsplit(".", 1)[-1]: option for option in sorted(options)}
+    near = difflib.get_close_matches(tail, by_tail, n=1)
+    return f"; did you mean {by_tail[near[0]]}?" if near else "; --help lists the options"
