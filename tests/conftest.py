@@ -9,6 +9,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+import wandb
 from torchvision import datasets
 
 import miniature
@@ -67,4 +69,12 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         out, err = capfd.readouterr()
         return code, out, err
 
-    return run
+    environment = dict(os.environ)
+    yield run
+    # what a process of its own would take with it
+    if wandb.run is not None:
+        wandb.finish()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
