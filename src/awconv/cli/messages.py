@@ -22,23 +22,28 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
     if missing := re.search(r"required: (.+)", text):
         name = missing[1].rsplit(".", 1)[-1]
         return f"{name} is required{_HOW_TO_GIVE.get(name, '')}"
+    if "expected one argument" in text:
+        return f"{text.split()[1].rstrip(':')} or one of its options has no value; give it one after a space or ="
     key = re.search(r'Parser key "([\w.]+)"', text)
-    value = re.search(r"(?:Given value|Got value): (.*?)$", text)
+    value = re.search(r".*(?:Given value|Got value): (.*?)$", text)  # the last: nested types say theirs before
     if not key or not value:
         return text
     if key[1] in ("model", "data"):
         choices = [cls.__name__ for cls in _classes_for(key[1])]
         return f"{key[1]}={value[1]!r} is no known class; choose one of {', '.join(choices)}, or a dotted import path"
-    literal = re.search(r"Literal\[(.*?)\]", text)
-    if literal:
-        near = difflib.get_close_matches(value[1], re.findall(r"'(.*?)'", literal[1]), n=1, cutoff=0.5)
+    # each type of a union is told once in "Subtypes" and once in "Errors"
+    choices = list(dict.fromkeys(", ".join(re.findall(r"Literal\[(.*?)\]", text)).split(", ")))
+    if choices != [""]:
+        near = difflib.get_close_matches(value[1], [choice.strip("'") for choice in choices], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{key[1]}={value[1]!r} is unknown; choose one of {literal[1]}{hint}"
-    subtypes = re.search(r"Subtypes: \[(.*?)\] Errors", text)
-    expected = subtypes[1] if subtypes else text[: value.start()].split("Expected a ", 1)[-1].rstrip(". ")
+        return f"{key[1]}={value[1]!r} is unknown; choose one of {', '.join(choices)}{hint}"
+    expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected a (.*?)\.? Got value", text)
+    if not expected:
+        return text
+    types = expected[1] or expected[2]
     for pattern, plain in ((r"<class '(?:\w+\.)*(\w+)'>", r"\1"), (r"typing\.", ""), ("NoneType", "null")):
-        expected = re.sub(pattern, plain, expected)
-    return f"{key[1]}={value[1]!r} is not valid; expected {expected.replace(', ', ' or ')}"
+        types = re.sub(pattern, plain, types)
+    return f"{key[1]}={value[1]!r} is not valid; expected {types.replace(', ', ' or ')}"
 
 
 _BASES = (awconv.tasks.BaseTask, awconv.data.ClassificationDataModule)
