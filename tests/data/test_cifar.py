@@ -7,7 +7,7 @@ from torchvision import datasets
 
 from awconv.data import CIFAR10DataModule, CIFAR100DataModule
 from awconv.errors import InputError
-from miniature import CIFAR10_NAMES, make_cifar10, patch_cifar
+from miniature import CIFAR10_NAMES, CIFAR100_NAMES, cifar_checksums, make_cifar10, patch_cifar
 
 
 def pixels_of(module, split):
@@ -110,8 +110,8 @@ def test_facts(cifar10_root, cifar100_root):
     ten, hundred = CIFAR10DataModule(), CIFAR100DataModule()
     assert (ten.num_classes, hundred.num_classes) == (10, 100)
     assert ten.class_names == CIFAR10_NAMES
-    assert len(set(hundred.class_names)) == 100
-    assert sorted(hundred.class_names) == hundred.class_names
+    assert len(CIFAR100_NAMES) == 100
+    assert hundred.class_names == CIFAR100_NAMES
     for module in (ten, hundred):
         assert (module.in_channels, module.image_size, module.batch_size) == (3, 32, 128)
 
@@ -163,6 +163,17 @@ def test_a_damaged_file_is_named(cifar10_root, name):
         CIFAR10DataModule(str(cifar10_root)).setup("test")
 
 
+def test_other_classes_are_refused(cifar10_root, monkeypatch):
+    meta = cifar10_root / "cifar-10-batches-py" / "batches.meta"
+    meta.write_bytes(pickle.dumps({"label_names": ["dog", *CIFAR10_NAMES[1:]]}))
+    for attribute, value in cifar_checksums(datasets.CIFAR10, cifar10_root).items():
+        monkeypatch.setattr(datasets.CIFAR10, attribute, value)
+    with pytest.raises(
+        InputError, match=r"^root=.*: expected the classes airplane to truck .* batches.meta lists others"
+    ):
+        CIFAR10DataModule(str(cifar10_root)).setup("test")
+
+
 def test_a_failed_download_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "url", (tmp_path / "absent.tar.gz").as_uri())
     with pytest.raises(InputError) as caught:
@@ -184,6 +195,9 @@ def test_download_of_data_that_are_there(cifar10_root):
 def test_val_size_is_checked(cifar10_root):
     with pytest.raises(InputError, match="val_size=-1: expected"):
         CIFAR10DataModule(val_size=-1)
+    for wrong in (2.5, "8", True):
+        with pytest.raises(InputError, match=f"val_size={wrong!r}: expected"):
+            CIFAR10DataModule(val_size=wrong)
     with pytest.raises(InputError, match="val_size=60: expected less than the 60 training pictures"):
         CIFAR10DataModule(str(cifar10_root), val_size=60).setup("fit")
 

@@ -150,15 +150,47 @@ def test_pictures_of_any_mode_get_the_channels_of_the_network(mode, channels):
     assert image.dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [(1, 20, 20), (3, 20, 20), (4, 20, 20)])
+@pytest.mark.parametrize("shape", [(1, 20, 20), (2, 20, 20), (3, 20, 20), (4, 20, 20)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_so_do_tensors(shape, channels):
     module = PatchesDataModule()
     module.in_channels = channels
     module.mean, module.std = (0.0,) * channels, (1.0,) * channels
     picture = torch.full(shape, 51, dtype=torch.uint8)
+    if shape[0] in (2, 4):
+        picture[-1] = 200  # transparency
     image = module.eval_transform()(picture)
     assert torch.allclose(image, torch.full((channels, 16, 16), 0.2), atol=2 / 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_sixteen_bits_are_scaled_and_of_thirty_two_refused(channels):
+    module = PatchesDataModule()
+    module.in_channels = channels
+    module.mean, module.std = (0.0,) * channels, (1.0,) * channels
+    deep = PIL.Image.fromarray(np.full((16, 16), 51 * 256 + 7, dtype=np.uint16))
+    assert torch.allclose(module.eval_transform()(deep), torch.full((channels, 16, 16), 0.2))
+    with pytest.raises(InputError, match=r"^a picture: .* 32-bit floats; save it with 8 or 16 bits$"):
+        module.eval_transform()(PIL.Image.fromarray(np.ones((16, 16), dtype=np.float32)))
+
+
+def test_given_normalisation():
+    module = PatchesDataModule(mean=[0.5, 0.4, 0.3], std=[0.5, 0.25, 1])
+    assert (module.mean, module.std) == ((0.5, 0.4, 0.3), (0.5, 0.25, 1))
+    image = module.eval_transform()(torch.full((3, 16, 16), 255, dtype=torch.uint8))
+    assert torch.allclose(image[:, 3, 4], torch.tensor([1.0, 2.4, 0.7]))
+    # each on its own, and the class's defaults are untouched
+    assert PatchesDataModule(std=[1.0, 1.0, 1.0]).mean == ClassificationDataModule.mean == (0.485, 0.456, 0.406)
+    assert DigitsDataModule(mean=[0.5]).mean == (0.5,)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DigitsDataModule, "data")
+    assert parser.parse_args(["--data.mean=[0.25]"]).data.mean == [0.25]
+
+
+@pytest.mark.parametrize("std", [[0.5, 0.0, 0.5], [0.5, -1.0, 0.5], [0.5, float("nan"), 0.5]])
+def test_a_standard_deviation_is_above_zero(std):
+    with pytest.raises(InputError, match=r"^std=\[0.5, .*\]: expected "):
+        PatchesDataModule(std=std)
 
 
 def test_normalisation():
@@ -185,6 +217,17 @@ def test_normalisation():
         ("cutmix_alpha", -0.5),
         ("augment", "autoaugmnt"),
         ("seed", -1),
+        ("seed", 1.5),
+        ("batch_size", 2.5),
+        ("batch_size", "8"),
+        ("num_workers", None),
+        ("image_size", True),
+        ("random_erasing", "0.1"),
+        ("mixup_alpha", float("inf")),
+        ("cutmix_alpha", True),
+        ("mean", [0.5, 0.5]),
+        ("mean", 0.5),
+        ("std", ["a", "b", "c"]),
     ],
 )
 @pytest.mark.parametrize("module", MODULES)
@@ -248,11 +291,26 @@ def test_checkpoints_hold_them_and_load_with_weights_only(tmp_path):
 
 
 def test_without_augmentation_training_pictures_are_evaluation_pictures():
-    module = PatchesDataModule(size=7, augment="none")
-    train = training_pictures(module, passes=2)
-    val = torch.cat([images for images, _ in module.val_dataloader()])
-    for pictures in train:
-        assert sorted(pictures.sum(dim=(1, 2, 3)).tolist()) == pytest.approx(sorted(val.sum(dim=(1, 2, 3)).tolist()))
+    class Noise(Patches):
+        def __getitem__(self, index):
+            pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            return self.transform(PIL.Image.fromarray(pixels)), index % 3
+
+    class NoiseDataModule(PatchesDataModule):
+        def load(self, split, transform):
+            return Noise(7, transform)
+
+    module = NoiseDataModule(augment="none", batch_size=7)
+    expected, targets = next(iter(module.val_dataloader()))
+    loader = module.train_dataloader()
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        order = [index for _, index in loader.sampler]
+        assert sorted(order) == list(range(7))
+        loader.sampler.set_epoch(epoch)
+        images, found = next(iter(loader))
+        assert torch.equal(images, expected[order])
+        assert torch.equal(found, targets[order])
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_facts():
 
 
 def test_too_small_an_image():
-    with pytest.raises(InputError, match="image_size=7: expected at least 8"):
+    with pytest.raises(InputError, match="image_size=7: expected a whole number of pixels, at least 8"):
         DigitsDataModule(image_size=7)
 
 

@@ -80,7 +80,12 @@ def test_default_sizes_are_the_usual_recipe():
     ("options", "start"),
     [
         ({"eval_image_size": 0}, "eval_image_size=0: expected"),
-        ({"eval_image_size": 224, "eval_resize_size": 200}, "eval_resize_size=200: expected at least the 224"),
+        (
+            {"eval_image_size": 224, "eval_resize_size": 200},
+            "eval_resize_size=200: expected a whole number, at least the 224",
+        ),
+        ({"eval_image_size": 32.5}, "eval_image_size=32.5: expected"),
+        ({"eval_resize_size": "64"}, "eval_resize_size='64': expected"),
         ({"on_bad_image": "ignore"}, "on_bad_image='ignore': expected stop or skip"),
         ({"class_names": ["a", "b", "a"]}, "class_names=['a']: expected each name once"),
         ({"class_names": []}, "class_names=[]: expected at least one name"),
@@ -111,19 +116,39 @@ def test_all_names_of_imagenet_are_unique():
     assert names[999] == "toilet tissue"
 
 
-@pytest.mark.parametrize("classes", [("n01440764", "n99999999"), ("n01440764", "cat"), ("cat",)])
+@pytest.mark.parametrize(
+    "classes", [("n01440764", "n99999999"), ("n00004475", "n01440764"), ("n01440764", "cat"), ("cat",)]
+)
 def test_other_folders_keep_their_names(tmp_path, classes):
     make_class_folders(tmp_path, classes=classes)
     assert module(tmp_path).class_names == sorted(classes)
 
 
-@pytest.mark.parametrize("names", [["crane", "tench"], ["n02012849", "n01440764"], ["crane", "n01440764"]])
+@pytest.mark.parametrize("names", [["crane", "tench"], ["n02012849", "n01440764"]])
 def test_given_names_decide_the_numbers(tmp_path, names):
     make_class_folders(tmp_path, classes=("n01440764", "n02012849"))
     data = module(tmp_path, class_names=names)
     assert data.class_names == names
     assert torch.cat([targets for _, targets in data.val_dataloader()]).tolist() == [1, 1, 1, 0, 0, 0]
     data.setup("fit")
+
+
+def test_folder_names_and_english_names_are_not_mixed(tmp_path):
+    make_class_folders(tmp_path, classes=("n01440764", "n02012849"))
+    message = message_of(lambda: module(tmp_path, class_names=["crane", "n01440764"]).setup("test"))
+    assert message.startswith("class_names (2 names): expected those of the 2 class folders in ")
+    assert "no folder for crane and no name for n02012849" in message
+
+
+def test_each_split_is_scanned_once(imagenet_root, monkeypatch):
+    scanned = []
+    scan = ImageNetDataModule._scan
+    monkeypatch.setattr(ImageNetDataModule, "_scan", lambda self, split: scanned.append(split) or scan(self, split))
+    data = module(imagenet_root)
+    assert data.num_classes == 3
+    data.setup("fit")
+    data.setup("test")
+    assert sorted(scanned) == ["train", "val"]
 
 
 def test_given_names_that_differ_from_the_folders(imagenet_root):

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -655,3 +656,65 @@ def test_onnx_with_a_dynamic_batch(tmp_path):
         x = images(samples, 3, 12, 10, dtype=torch.float32)
         (got,) = session.run(None, {name: x.numpy()})
         np.testing.assert_allclose(got, network(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- corner cases
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(2, 4, 9, 7), (4, 9, 7)], ids=["batch", "image"])
+def test_meta_device_gives_the_shape(backend, size):
+    """Autocast does not know the device, which is no reason to fail."""
+    layer = AWConv2d(4, 6, 3, stride=2, backend=backend, device="meta")
+    output = layer(torch.empty(size, device="meta"))
+    assert output.device.type == "meta"
+    assert output.shape == torch.nn.Conv2d(4, 6, 3, stride=2)(torch.empty(size)).shape
+
+
+def test_hooks_run_once_for_an_unbatched_image():
+    layer, shapes = AWConv2d(4, 6, 3), []
+    layer.register_forward_hook(lambda module, inputs, output: shapes.append((inputs[0].shape, output.shape)))
+    layer(torch.randn(4, 5, 5))
+    assert shapes == [((4, 5, 5), (6, 3, 3))]
+
+
+@pytest.mark.parametrize("argument", ["reduction", "share", "head_groups"])
+@pytest.mark.parametrize("value", [2.5, 2.0, "2", True])
+def test_options_that_are_no_integers(argument, value):
+    with pytest.raises(ValueError, match=rf"^{argument}={re.escape(repr(value))} must be an integer"):
+        AWConv2d(8, 8, 3, **{argument: value})
+
+
+def test_integers_of_numpy_are_integers():
+    layer = AWConv2d(16, 16, 3, reduction=np.int64(2), share=np.int64(4), head_groups=np.int64(2))
+    assert layer.attention_maps(torch.randn(2, 16, 5, 5)).shape == (2, 16, 16, 3, 3)
+
+
+def test_1x1_kernel_needs_two_samples_in_training_only():
+    layer = AWConv2d(8, 8, 1)
+    assert layer(torch.randn(2, 8, 4, 4)).shape == (2, 8, 4, 4)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.randn(1, 8, 4, 4))
+    assert layer.eval()(torch.randn(1, 8, 4, 4)).shape == (1, 8, 4, 4)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_preserve_function_of_a_layer_whose_normalisation_was_replaced(residual):
+    layer = nn.SyncBatchNorm.convert_sync_batchnorm(make(4, 6, 3, residual=residual))
+    assert isinstance(layer.attention.norm2, nn.SyncBatchNorm)
+    x = images(2, 4, 6, 6)
+    expected = nn.functional.conv2d(x, layer.weight, layer.bias).detach()
+    assert layer.preserve_function_() is layer
+    # in eval mode: SyncBatchNorm trains on accelerators only
+    torch.testing.assert_close(layer(x), expected)
+    assert set(layer.attention.norm2.weight.tolist() + layer.attention.norm2.bias.tolist()) == {0.0}
+
+
+def test_preserve_function_divides_a_tied_kernel_once():
+    first, second = make(4, 4, 3), make(4, 4, 3, seed=1)
+    second.weight = first.weight
+    x = images(2, 4, 6, 6)
+    expected = [nn.functional.conv2d(x, layer.weight, layer.bias).detach() for layer in (first, second)]
+    first.preserve_function_(second)
+    for layer, plain in zip((first, second), expected, strict=True):
+        torch.testing.assert_close(layer(x), plain)

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import re
+import warnings
 
 import pytest
 import timm
@@ -9,6 +11,7 @@ import torch
 import torchvision
 from oracle import attention_head
 from torch import nn
+from torch.nn.utils import prune
 
 from awconv.layers import BAM, AWConv2d, convert_to_aw
 
@@ -120,6 +123,95 @@ def test_activation_attention_stays_where_it_is(attention):
     assert set(converted(model)) == {f"layer{i}.0.conv{j}" for i in (1, 2, 3, 4) for j in (1, 2)}
 
 
+# name: how many AW-convolutions the default places, the first, the last, and how many plain wide ones stay (on timm)
+PLACES = {
+    "resnest14d": (4, "layer1.0.conv2.conv", "layer4.0.conv2.conv", 3),
+    "resnest50d": (16, "layer1.0.conv2.conv", "layer4.2.conv2.conv", 3),
+    "densenet121": (58, "features.denseblock1.denselayer1.conv2", "features.denseblock4.denselayer16.conv2", 1),
+    "convnext_tiny": (18, "stages.0.blocks.0.conv_dw", "stages.3.blocks.2.conv_dw", 4),
+    "senet154": (50, "layer1.0.conv2", "layer4.2.conv2", 6),
+    "legacy_senet154": (50, "layer1.0.conv2", "layer4.2.conv2", 6),
+    "ghostnet_100": (36, "blocks.0.0.ghost1.cheap_operation.0", "blocks.8.3.ghost2.cheap_operation.0", 6),
+    "dla34": (24, "level2.tree1.conv1", "level5.tree2.conv2", 3),
+    "dla60": (16, "level2.tree1.conv2", "level5.tree2.conv2", 3),
+    "skresnet18": (24, "layer1.0.conv1.paths.0.conv", "layer4.1.conv2.conv", 1),
+    "skresnet50": (32, "layer1.0.conv2.paths.0.conv", "layer4.2.conv2.paths.1.conv", 1),
+    "efficientnetv2_rw_t": (39, "blocks.0.0.conv", "blocks.5.13.conv_dw", 1),
+    "mobilenetv4_conv_small": (17, "blocks.0.0.conv", "blocks.3.5.dw_mid.conv", 1),
+    "repvgg_a0": (21, "stages.0.0.conv_kxk.conv", "stages.3.0.conv_kxk.conv", 1),
+    "regnety_004": (16, "s1.b1.conv2.conv", "s4.b6.conv2.conv", 1),
+    "pvt_v2_b0": (8, "stages.0.blocks.0.mlp.dwconv", "stages.3.blocks.1.mlp.dwconv", 10),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_default_places_in_each_family(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    convert_to_aw(model)
+    layers = list(converted(model))
+    left = {n for n in wide_kernels(model, "") if n not in layers}
+    assert (len(layers), layers[0], layers[-1], len(left)) == PLACES[name]
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_networks_without_convolutions_in_blocks_are_refused(name):
+    """Patch embedding and downsampling are all they have: nothing to fall back on."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        convert_to_aw(model)
+
+
+def test_filtered_candidates_are_no_reason_to_fall_back():
+    """All the convolutions in blocks are shortcuts: the others are not taken in their stead."""
+    model = network()
+    for block in model.blocks:
+        block.conv1, block.conv2 = nn.Identity(), nn.Identity()
+        block.shortcut = nn.Conv2d(8, 8, 3, padding=1)
+    model.neck = nn.Conv2d(8, 8, 3)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        convert_to_aw(model)
+    assert not converted(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "kind"), [("tf_efficientnet_b0", 4, "Conv2dSame"), ("tf_efficientnetv2_s", 4, "Conv2dSame")]
+)
+def test_one_warning_names_the_convolutions_left_alone(name, count, kind):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    left = [n for n in wide_kernels(model, "blocks") if type(model.get_submodule(n)).__name__ == kind]
+    assert len(left) == count
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        convert_to_aw(model)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert text.startswith(f"{count} of {count + len(converted(model))} convolutions of EfficientNet")
+    assert sum(f"{n} ({kind})" in text for n in left) == 3
+    assert "\n" not in text
+
+
+def test_no_warning_about_places_that_nobody_asked_for():
+    with torch.device("meta"):
+        model = timm.create_model("tf_efficientnet_b0")
+    subclasses = [n for n in wide_kernels(model, "blocks") if type(model.get_submodule(n)) is not nn.Conv2d]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert_to_aw(model, exclude=subclasses)
+        convert_to_aw(timm.create_model("resnet10t"))
+    assert converted(model)
+
+
+def test_network_of_subclasses_says_so():
+    with torch.device("meta"):
+        model = timm.create_model("nfnet_f0")
+    with pytest.raises(ValueError, match=r"no plain nn\.Conv2d \(ScaledStdConv2d\)"):
+        convert_to_aw(model)
+
+
 class ResidualNetwork(nn.Module):
     """A user's network, whose own name says residual and whose stem is not called so."""
 
@@ -159,7 +251,15 @@ def test_exclude_alone_takes_away_from_the_default():
 
 
 @pytest.mark.parametrize(
-    "patterns", [{"include": ["layer9.*"]}, {"include": ["head"]}, {"include": ALL, "exclude": ["*"]}]
+    "patterns",
+    [
+        {"include": ["layer9.*"]},
+        {"include": ["head"]},
+        {"include": ALL, "exclude": ["*"]},
+        {"include": [*ALL, "blocks.*.conv3"]},
+        {"include": ALL, "exclude": ["blocks.0.*", "block.1.*"]},
+        {"exclude": "block.1.*"},
+    ],
 )
 def test_nothing_matching_lists_what_there_was(patterns):
     model = network()
@@ -167,6 +267,12 @@ def test_nothing_matching_lists_what_there_was(patterns):
         convert_to_aw(model, **patterns)
     assert "\n" not in str(error.value)
     assert not converted(model)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_misspelt_pattern_is_named_though_others_match(argument):
+    with pytest.raises(ValueError, match=rf"^{argument} pattern 'block\.1\.\*' matches no convolution"):
+        convert_to_aw(network(), **{argument: ["blocks.0.*", "block.1.*"]})
 
 
 def test_network_without_convolutions_is_refused():
@@ -237,6 +343,24 @@ def test_replaces_in_place_and_keeps_every_number_and_setting():
     report = model.load_state_dict(before.state_dict(), strict=False)
     assert report.unexpected_keys == []
     assert all(any(k.startswith(f"{n}.") for n in NAMES) for k in report.missing_keys)
+
+
+def test_hooks_move_with_the_convolution():
+    model, seen = network(), []
+    conv = model.blocks[0].conv1
+    handles = [
+        conv.register_forward_hook(lambda module, inputs, output: seen.append(("forward", module))),
+        conv.register_forward_pre_hook(lambda module, args, kwargs: seen.append(("pre", module)), with_kwargs=True),
+        conv.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append(("backward", module))),
+    ]
+    convert_to_aw(model, include=ALL)
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    layer = model.blocks[0].conv1
+    assert seen == [("pre", layer), ("forward", layer), ("backward", layer)]
+    for handle in handles:
+        handle.remove()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert len(seen) == 3
 
 
 def test_attention_of_a_frozen_kernel_can_still_learn():
@@ -316,6 +440,30 @@ def test_kernel_shared_by_two_convolutions_stays_shared():
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("other", ["conv", "linear", "aw"])
+def test_kernel_shared_with_a_module_that_is_not_converted_is_refused(other):
+    """Dividing the kernel would change what the other module computes."""
+    model = network()
+    kernel = model.blocks[0].conv1.weight
+    if other == "linear":
+        model.tied = nn.Linear(1, 1)
+        model.tied.weight = kernel
+        name = "tied"
+    else:
+        model.blocks[1].conv1.weight = kernel
+        name = "blocks.1.conv1"
+    if other == "aw":
+        convert_to_aw(model, include=name)
+    before, kinds = kernel.clone(), [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=rf"blocks\.0\.conv1 and {re.escape(name)} share one kernel") as error:
+        convert_to_aw(model, include="blocks.0.*", preserve_function=True)
+    assert "\n" not in str(error.value)
+    assert torch.equal(kernel, before)
+    assert [type(m) for m in model.modules()] == kinds
+    convert_to_aw(model, include="blocks.0.*")
+    assert "blocks.0.conv1" in converted(model), "nothing is divided, so nothing is in the way"
+
+
 class Standardised(nn.Conv2d):
     """A convolution with a forward of its own, as timm's weight-standardised and TF-padded ones."""
 
@@ -324,17 +472,28 @@ class Standardised(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-@pytest.mark.parametrize("kind", ["subclass", "weight_norm"])
-def test_convolution_with_its_own_forward_is_never_changed_silently(kind):
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("kind", ["subclass", "weight_norm", "old_weight_norm", "spectral_norm", "prune"])
+def test_convolution_with_its_own_forward_is_never_changed(kind):
     model = network().eval()
+    conv = model.blocks[0].conv1
     if kind == "subclass":
         model.blocks[0].conv1 = Standardised(8, 8, 3, padding=1, bias=False)
+    elif kind == "weight_norm":
+        nn.utils.parametrizations.weight_norm(conv)
+    elif kind == "old_weight_norm":
+        nn.utils.weight_norm(conv)
+    elif kind == "spectral_norm":
+        nn.utils.spectral_norm(conv)
     else:
-        nn.utils.parametrizations.weight_norm(model.blocks[0].conv1)
+        prune.l1_unstructured(conv, "weight", 0.5)
+    conv = model.blocks[0].conv1
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
-    with contextlib.suppress(ValueError):
+    with pytest.warns(UserWarning, match=r"^1 of 4 convolutions of Network .*blocks\.0\.conv1"):
         convert_to_aw(model, include=ALL, preserve_function=True)
+    assert model.blocks[0].conv1 is conv
+    assert len(converted(model)) == 3
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -393,7 +552,8 @@ def test_network_keeps_its_function_and_can_learn(library, name, side):
     with torch.no_grad():
         expected = model(x)
     assert expected.std() > 1e-4, "a constant output would prove nothing"
-    convert_to_aw(model, preserve_function=True)
+    with pytest.warns(UserWarning, match="Conv2dSame") if name.startswith("tf_") else contextlib.nullcontext():
+        convert_to_aw(model, preserve_function=True)
     layers = converted(model)
     assert layers
     assert not any(m.training for m in model.modules())

@@ -144,6 +144,8 @@ def test_ge_is_gather_excite_without_parameters():
         ("resnet50", ["layer1.bam", "layer2.bam", "layer3.bam"]),
         ("mobilenetv2_100", ["blocks.0.bam", "blocks.1.bam", "blocks.2.bam", "blocks.4.bam"]),
         ("regnetx_002", ["s1.bam", "s2.bam", "s3.bam"]),
+        # its last stage is a 1x1 convolution
+        ("mobilenetv3_large_100", ["blocks.0.bam", "blocks.1.bam", "blocks.2.bam", "blocks.4.bam"]),
     ],
 )
 def test_bam_stands_before_each_downsampling(name, places):
@@ -155,6 +157,65 @@ def test_bam_stands_before_each_downsampling(name, places):
     features = network.forward_features(torch.randn(2, 3, 64, 64))
     shapes.append(features.shape[-1])
     assert all(before == 2 * after for before, after in itertools.pairwise(shapes))
+
+
+# name: its blocks, and its stages but the last
+WHOLE = {
+    "resnet18d": (8, 3),
+    "resnext50_32x4d": (16, 3),
+    "mobilenetv1_100": (13, 4),
+    "mnasnet_100": (17, 4),
+    "hardcorenas_a": (None, 4),  # has SE of its own
+    "tf_mobilenetv3_small_minimal_100": (11, 3),
+    "regnetx_002": (13, 3),
+    "regnety_002": (None, 3),
+    "hrnet_w18_small": (23, None),
+    "mobilenetv4_conv_small": None,
+    "mobilenetv4_conv_medium": None,
+    "mobilenetv4_hybrid_medium": None,
+    "efficientnetv2_rw_t": None,
+    "densenet121": None,
+    "dla34": None,
+    "skresnet18": None,
+    "res2net50_26w_4s": None,
+}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS[1:])
+@pytest.mark.parametrize("name", WHOLE)
+def test_attention_is_in_every_block_or_refused(name, attention):
+    """Never in some of the blocks only: the table row would carry the wrong name."""
+    try:
+        with torch.device("meta"):
+            network = create_backbone(name, attention=attention)
+    except InputError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert f"attention={attention!r}" in message
+        assert name in message
+        added = None
+    else:
+        attentions = [m for m in network.modules() if type(m).__name__ == ATTENTION_CLASSES[attention]]
+        added = len(attentions)
+        # timm's blocks are what has stochastic depth
+        blocks = [m for m in network.modules() if hasattr(m, "drop_path")]
+        if attention != "bam":
+            assert added == len([m for m in blocks if any(max(c.kernel_size) > 1 for c in convolutions(m))])
+    assert added == (WHOLE[name] or (None, None))[attention == "bam"]
+
+
+def convolutions(module):
+    return [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1_100", "regnetx_002", "tf_mobilenetv3_small_minimal_100"])
+def test_every_bam_runs(name):
+    network = create_backbone(name, attention="bam").eval()
+    modules, ran = [m for m in network.modules() if isinstance(m, BAM)], []
+    for module in modules:
+        module.register_forward_hook(lambda module, inputs, output: ran.append(module))
+    network(torch.randn(1, 3, 64, 64))
+    assert ran == modules
 
 
 @pytest.mark.parametrize(
@@ -301,6 +362,12 @@ def test_a_registered_network_is_a_backbone():
         ({"attention": "sse"}, ["attention='sse'", "'se'", "eca, cbam, ge, bam"]),
         ({"name": "densenet121", "attention": "se"}, ["attention='se'", "densenet121", "mobilenetv2_100"]),
         ({"name": "densenet121", "attention": "bam"}, ["attention='bam'", "densenet121", "mobilenetv2_100"]),
+        (
+            {"name": "mobilenetv4_conv_medium", "attention": "se"},
+            ["attention='se'", "only 1 of the 18 blocks", "UniversalInvertedResidual", "mobilenetv2_100"],
+        ),
+        ({"name": "mobilenetv4_conv_medium", "attention": "bam"}, ["attention='bam'", "UniversalInvertedResidual"]),
+        ({"name": "hrnet_w18_small", "attention": "bam"}, ["attention='bam'", "hrnet_w18_small", "stages"]),
         ({"name": "seresnet18", "attention": "eca"}, ["seresnet18", "attention of its own"]),
         ({"name": "mobilenetv3_small_050", "attention": "se"}, ["attention of its own"]),
         ({"stem": "cfar"}, ["stem='cfar'", "'cifar'", "imagenet, cifar"]),
@@ -313,6 +380,8 @@ def test_a_registered_network_is_a_backbone():
         ({"aw": {"reduction": "x"}}, ["aw={'reduction': 'x'}"]),
         ({"aw": {"backend": "fast"}}, ["backend='fast'", "'gemm'"]),
         ({"aw": {"include": ["layer9.*"]}}, ["layer9", "layer1.0.conv1"]),
+        ({"aw": {"exclude": ["layer1.*", "layer9.*"]}}, ["exclude pattern 'layer9.*'", "layer1.0.conv1"]),
+        ({"aw": {"share": 2.0}}, ["share=2.0 must be an integer"]),
         ({"name": "vit_tiny_patch16_224", "aw": True}, ["aw=True", "vit_tiny_patch16_224", "nothing"]),
         ({"name": "resnet20", "pretrained": True}, ["pretrained=True", "'resnet20'", "initial_weights"]),
         ({"num_classes": 0}, ["num_classes=0"]),

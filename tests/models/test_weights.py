@@ -114,6 +114,31 @@ def test_plain_file_into_aw_network_preserves_the_function(source, tmp_path, res
     torch.testing.assert_close(layer.weight * (1.5 if residual else 0.5), source.layer1[0].conv1.weight)
 
 
+def test_plain_file_into_aw_network_with_a_tied_kernel(source, tmp_path):
+    """One kernel under two names is divided once."""
+
+    def tie(network):
+        network.layer1[1].conv1.weight = network.layer1[0].conv1.weight
+        return network
+
+    torch.save(tie(source).state_dict(), tmp_path / "plain.pth")
+    network = tie(create_backbone("resnet20", num_classes=5, aw=True))
+    load_initial_weights(network, tmp_path / "plain.pth")
+    torch.testing.assert_close(network.eval()(images()), source(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_plain_file_into_a_network_that_ties_an_aw_kernel_to_a_plain_one(source, tmp_path):
+    """No rescaling preserves both; nothing is loaded."""
+    torch.save(source.state_dict(), tmp_path / "plain.pth")
+    network = create_backbone("resnet20", num_classes=5, aw={"exclude": "layer1.1.conv1"})
+    network.layer1[1].conv1.weight = network.layer1[0].conv1.weight
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(InputError, match=r"initial_weights=.*layer1\.0\.conv1 and layer1\.1\.conv1 share") as caught:
+        load_initial_weights(network, tmp_path / "plain.pth")
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
 def test_aw_file_into_aw_network_is_exact(tmp_path):
     source = lived_in(create_backbone("resnet20", aw=True, num_classes=5))
     torch.save({"state_dict": {f"network.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "aw.ckpt")

@@ -11,9 +11,9 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
-from awconv.data.classification import ClassificationDataModule, Split, Transform, require
+from awconv.data.classification import ClassificationDataModule, Split, Transform
 from awconv.data.loading import MapDataset
-from awconv.errors import InputError
+from awconv.errors import InputError, require, require_int
 
 
 class CIFAR10DataModule(ClassificationDataModule):
@@ -55,7 +55,7 @@ class CIFAR10DataModule(ClassificationDataModule):
         **common: Any,
     ) -> None:
         super().__init__(image_size=image_size, **common)
-        require(val_size >= 0, "val_size", val_size, "a number of pictures, 0 or more")
+        require_int("val_size", val_size, "a number of pictures, 0 or more", low=0)
         self.root = root
         self.val_size = val_size
         self.download = download
@@ -98,18 +98,29 @@ class CIFAR10DataModule(ClassificationDataModule):
                 self._archives[train] = self._source(self.root, train=train)
             except RuntimeError:
                 raise InputError(self._what_is_wrong()) from None
+            require(
+                self._archives[train].classes == self.class_names,
+                "root",
+                self.root,
+                f"the classes {self.class_names[0]} to {self.class_names[-1]} in their order, "
+                f"and {self._source.meta['filename']} lists others; {self._remedy}",
+            )
         # training and validation share the pixels and differ in the transform
         pictures: datasets.CIFAR10 = copy.copy(self._archives[train])
         pictures.transform = transform
         shared: MapDataset = pictures
         return shared
 
+    @property
+    def _remedy(self) -> str:
+        return f"get it with --data.download true, or unpack {self._source.url} in {self.root}"
+
     def _what_is_wrong(self) -> str:
         source = self._source
+        get_it = self._remedy
         folder = os.path.join(self.root, source.base_folder)
         files = {**dict(source.train_list + source.test_list), source.meta["filename"]: source.meta["md5"]}
         missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
-        get_it = f"get it with --data.download true, or unpack {source.url} in {self.root}"
         if len(missing) == len(files):
             return f"root={self.root!r}: expected the folder {source.base_folder} with the data set in it; {get_it}"
         if missing:

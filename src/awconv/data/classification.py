@@ -20,8 +20,8 @@ from awconv.data.loading import (
     collate,
     seeded,
 )
-from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
-from awconv.errors import InputError
+from awconv.data.pictures import EXTENSIONS, PictureDataset, eight_bits, find_pictures
+from awconv.errors import InputError, is_number, require, require_int, require_number
 
 Augment: TypeAlias = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -35,12 +35,6 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
     "predict": ("predict",),
     None: ("train", "val", "test"),
 }
-
-
-def require(ok: bool, argument: str, value: Any, expected: str) -> None:
-    """Raise an `InputError` that names the argument, its value and what was expected, unless `ok`."""
-    if not ok:
-        raise InputError(f"{argument}={value!r}: expected {expected}")
 
 
 class ClassificationDataModule(LightningDataModule):
@@ -87,11 +81,15 @@ class ClassificationDataModule(LightningDataModule):
         mixup_alpha: MixUp's Beta parameter (Zhang et al. 2018); 0 switches MixUp off.
         cutmix_alpha: CutMix's Beta parameter (Yun et al. 2019); 0 switches CutMix off. With both on, each batch
             gets one of the two, chosen at random.
-        predict_dir: Folder of pictures for ``predict``, searched with all its subfolders.
+        mean: Mean of each channel, for samples scaled to [0, 1], which normalisation subtracts; None means the
+            data set's own. Give a pretrained network those it was trained with.
+        std: Standard deviation of each channel, by which normalisation divides; None means the data set's own.
+        predict_dir: Folder of pictures for ``predict``, searched with all its subfolders; each is turned as its
+            EXIF orientation says.
         seed: Seed of the split where a validation or test set has to be cut out; nothing else depends on it.
 
     Raises:
-        InputError: A number is out of its range.
+        InputError: An argument is of the wrong type or out of its range.
     """
 
     in_channels: int = 3
@@ -110,18 +108,25 @@ class ClassificationDataModule(LightningDataModule):
         random_erasing: float = 0.0,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         predict_dir: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        require(image_size >= 1, "image_size", image_size, "a whole number of pixels, at least 1")
-        require(batch_size >= 1, "batch_size", batch_size, "a whole number, at least 1")
-        require(num_workers >= 0, "num_workers", num_workers, "a whole number, 0 or more")
+        require_int("image_size", image_size, "a whole number of pixels, at least 1", low=1)
+        require_int("batch_size", batch_size, "a whole number, at least 1", low=1)
+        require_int("num_workers", num_workers, "a whole number, 0 or more", low=0)
         require(augment in get_args(Augment), "augment", augment, f"one of {', '.join(get_args(Augment))}")
-        require(0 <= random_erasing <= 1, "random_erasing", random_erasing, "a probability between 0 and 1")
-        require(mixup_alpha >= 0, "mixup_alpha", mixup_alpha, "a number, 0 (off) or more")
-        require(cutmix_alpha >= 0, "cutmix_alpha", cutmix_alpha, "a number, 0 (off) or more")
-        require(0 <= seed < 2**32, "seed", seed, "a whole number from 0 to 4294967295")
+        require_number("random_erasing", random_erasing, "a probability between 0 and 1", low=0, high=1)
+        require_number("mixup_alpha", mixup_alpha, "a number, 0 (off) or more", low=0)
+        require_number("cutmix_alpha", cutmix_alpha, "a number, 0 (off) or more", low=0)
+        require_int("seed", seed, "a whole number from 0 to 4294967295", low=0, high=2**32 - 1)
+        if mean is not None:
+            self.mean = self._per_channel("mean", mean, "a number")
+        if std is not None:
+            self.std = self._per_channel("std", std, "a number above 0")
+            require(min(self.std) > 0, "std", std, "a number above 0 for every channel")
         # The logger gets none of them: Lightning refuses to log a name that the model has too with another
         # value, and `class_names` or `image_size` of a model may well differ.
         self.save_hyperparameters(logger=False)
@@ -136,6 +141,11 @@ class ClassificationDataModule(LightningDataModule):
         self.seed = seed
         self._datasets: dict[str, MapDataset] = {}
         self._batch_transforms: list[BatchTransform] | None = None
+
+    def _per_channel(self, argument: str, values: Any, each: str) -> tuple[float, ...]:
+        ok = isinstance(values, (list, tuple)) and len(values) == self.in_channels and all(map(is_number, values))
+        require(ok, argument, values, f"a list with {each} for each of the {self.in_channels} channels")
+        return tuple(values)
 
     # ---- what a data set of one's own supplies
 
@@ -312,18 +322,24 @@ class ClassificationDataModule(LightningDataModule):
 
 
 class _ToImage:
-    """Turns a picture, PIL image or tensor (C, H, W), into an image of the wanted number of channels."""
+    """Turns a picture, PIL image or tensor (C, H, W), into an image of the wanted number of channels.
+
+    Between grey and RGB it converts; any other number of channels is for the data set to supply.
+    """
 
     def __init__(self, channels: int) -> None:
-        self._convert: Transform | None = {1: v2.Grayscale(1), 3: v2.RGB()}.get(channels)
-        self._mode = {1: "L", 3: "RGB"}.get(channels)
         self._channels = channels
 
     def __call__(self, picture: Any) -> Tensor:
-        if isinstance(picture, PIL.Image.Image) and self._mode is not None:
-            picture = picture.convert(self._mode)
+        to_grey = self._channels == 1
+        convertible = self._channels in (1, 3)
+        if isinstance(picture, PIL.Image.Image) and convertible:
+            picture = eight_bits(picture, "L" if to_grey else "RGB", getattr(picture, "filename", "") or "a picture")
         image: Tensor = v2.functional.to_image(picture)
-        if self._convert is not None and image.shape[-3] != self._channels:
-            # of four channels, the last is transparency
-            image = self._convert(image[..., :3, :, :])
+        present = image.shape[-3]
+        if present == self._channels or not convertible:
+            return image
+        # the second of two channels and the fourth of four are transparency
+        image = image[..., : 1 if present == 2 else 3, :, :]
+        image = v2.functional.rgb_to_grayscale(image) if to_grey else v2.functional.grayscale_to_rgb(image)
         return image

@@ -15,9 +15,9 @@ from awconv.data.classification import (
     ClassificationDataModule,
     Split,
     Transform,
-    require,
 )
 from awconv.data.loading import MapDataset
+from awconv.errors import require_int
 
 _NATIVE_SIZE = 8
 
@@ -58,12 +58,8 @@ class DigitsDataModule(ClassificationDataModule):
         invert: bool = False,
         **common: Any,
     ) -> None:
-        require(
-            image_size >= _NATIVE_SIZE,
-            "image_size",
-            image_size,
-            f"at least {_NATIVE_SIZE}, the size of the digits",
-        )
+        least = f"a whole number of pixels, at least {_NATIVE_SIZE}, the size of the digits"
+        require_int("image_size", image_size, least, low=_NATIVE_SIZE)
         super().__init__(image_size=image_size, batch_size=batch_size, num_workers=num_workers, **common)
         self.invert = invert
 

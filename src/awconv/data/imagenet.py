@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from torchvision.transforms import v2
 
-from awconv.data.classification import ClassificationDataModule, Split, Transform, require
+from awconv.data.classification import ClassificationDataModule, Split, Transform
 from awconv.data.loading import MapDataset
 from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
-from awconv.errors import InputError
+from awconv.errors import InputError, require, require_int
 
 
 class ImageNetDataModule(ClassificationDataModule):
@@ -21,8 +21,10 @@ class ImageNetDataModule(ClassificationDataModule):
     ``test`` measures on ``val/`` too, as is the custom.
 
     Classes are numbered in the order of their folders' names, and named after their folders; folders that
-    are all WordNet ids get the ids' English names. With `class_names` given, the numbers follow that list
-    instead, ``train/`` is needed for training only, and ``predict`` needs no `root` at all.
+    are all WordNet ids of ImageNet-1k get the ids' English names. With `class_names` given, all of them the
+    folders' names or all of them the English ones, the numbers follow that list instead, ``train/`` is needed
+    for training only, and ``predict`` needs no `root` at all. EXIF orientation is ignored in class folders, as
+    is the convention for ImageNet, and followed in `predict_dir`.
 
     Args:
         root: Folder that holds ``train`` and ``val``.
@@ -57,14 +59,10 @@ class ImageNetDataModule(ClassificationDataModule):
     ) -> None:
         super().__init__(image_size=image_size, batch_size=batch_size, num_workers=num_workers, **common)
         crop = image_size if eval_image_size is None else eval_image_size
+        require_int("eval_image_size", crop, "a whole number of pixels, at least 1", low=1)
         shorter_side = round(crop * 256 / 224) if eval_resize_size is None else eval_resize_size
-        require(crop >= 1, "eval_image_size", crop, "a whole number of pixels, at least 1")
-        require(
-            shorter_side >= crop,
-            "eval_resize_size",
-            shorter_side,
-            f"at least the {crop} pixels of the crop that is cut from it",
-        )
+        enough = f"a whole number, at least the {crop} pixels of the crop that is cut from it"
+        require_int("eval_resize_size", shorter_side, enough, low=crop)
         require(on_bad_image in ("stop", "skip"), "on_bad_image", on_bad_image, "stop or skip")
         if class_names is not None:
             repeated = [name for name, count in Counter(class_names).items() if count > 1]
@@ -75,6 +73,7 @@ class ImageNetDataModule(ClassificationDataModule):
         self._shorter_side = shorter_side
         self._on_bad_image = on_bad_image
         self._names = class_names
+        self._folders: dict[str, list[str]] = {}
 
     @property
     def class_names(self) -> list[str]:
@@ -118,6 +117,11 @@ class ImageNetDataModule(ClassificationDataModule):
         return [v2.Resize(round(self.image_size * 256 / 224)), v2.CenterCrop(self.image_size)]
 
     def _class_folders(self, split: str) -> list[str]:
+        if split not in self._folders:
+            self._folders[split] = self._scan(split)
+        return self._folders[split]
+
+    def _scan(self, split: str) -> list[str]:
         root, folder = Path(self.root), Path(self.root) / split
         layout = f"{split}/CLASS/*.JPEG in it"
         if not root.is_dir():
@@ -159,17 +163,14 @@ class ImageNetDataModule(ClassificationDataModule):
 
     def _index_of_folder(self, split: str, names: list[str]) -> dict[str, int]:
         folders = self._class_folders(split)
-        position = {name: index for index, name in enumerate(names)}
-        titles = dict(zip(folders, _readable(folders), strict=True))
-        found = {
-            folder: position[folder if folder in position else title]
-            for folder, title in titles.items()
-            if folder in position or title in position
-        }
-        if len(found) == len(folders) == len(names):
-            return found
-        absent = _some([name for name, index in position.items() if index not in found.values()])
-        extra = _some([folder for folder in folders if folder not in found])
+        by_folder = dict(zip(folders, folders, strict=True))
+        by_title = dict(zip(folders, _readable(folders), strict=True))
+        # all by one or all by the other: a list that mixes them is more likely a mistake than a wish
+        name_of = max(by_folder, by_title, key=lambda naming: len(set(names).intersection(naming.values())))
+        absent = _some([name for name in names if name not in name_of.values()])
+        extra = _some([folder for folder, name in name_of.items() if name not in names])
+        if not absent and not extra:
+            return {folder: names.index(name) for folder, name in name_of.items()}
         details = [f"no folder for {', '.join(absent)}"] if absent else []
         details += [f"no name for {', '.join(extra)}"] if extra else []
         raise InputError(
@@ -184,18 +185,16 @@ def _some(names: list[str], most: int = 3) -> list[str]:
 
 
 def _readable(folders: list[str]) -> list[str]:
-    """English names of WordNet ids, each unique; anything else is returned as it is."""
+    """English names of WordNet ids of ImageNet-1k, each unique; anything else is returned as it is."""
     if not all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in folders):
         return folders
     # only here: importing timm takes seconds, and one's own folders do without it
     from timm.data.imagenet_info import ImageNetInfo
 
-    # ImageNet-1k is part of the 22k but for one id
-    known: list[Any] = [ImageNetInfo("imagenet-1k"), ImageNetInfo("imagenet-22k")]
-    ids = {wordnet_id for info in known for wordnet_id in info.label_names()}
-    if not ids.issuperset(folders):
+    info: Any = ImageNetInfo("imagenet-1k")
+    if not set(info.label_names()).issuperset(folders):
         return folders
-    names = [known[0].label_name_to_description(wordnet_id).partition(",")[0] for wordnet_id in folders]
+    names = [info.label_name_to_description(wordnet_id).partition(",")[0] for wordnet_id in folders]
     count = Counter(names)
     return [
         name if count[name] == 1 else f"{name} ({wordnet_id})" for name, wordnet_id in zip(names, folders, strict=True)

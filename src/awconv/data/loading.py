@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from awconv.errors import InputError
 
@@ -116,9 +116,12 @@ class EvaluationSet(Dataset[Any]):
 def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor | list[str]]:
     """Stack (image, label) samples into images (N, C, H, W) and int64 targets (N,), or a list of N paths."""
     images, labels = zip(*samples, strict=True)
+    # torch's own stacks in shared memory, which saves a copy per batch of a worker
+    stacked: Tensor = default_collate(list(images))
     if isinstance(labels[0], str):
-        return torch.stack(images), list(labels)
-    return torch.stack(images), torch.tensor([int(label) for label in labels])
+        return stacked, list(labels)
+    # a padding sample's label is an int where the data set's own may be tensors
+    return stacked, torch.tensor([int(label) for label in labels])
 
 
 class Loader(DataLoader[Any]):

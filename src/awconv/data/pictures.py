@@ -1,5 +1,6 @@
 """Picture files on disk: finding them, reading them, and saying which one is broken."""
 
+import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -8,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from awconv.errors import InputError
@@ -23,60 +25,98 @@ def find_pictures(folder: str | Path) -> list[str]:
     """Paths of the picture files in a folder and the folders below it, sorted.
 
     A picture is known by its extension (:data:`EXTENSIONS`, in any case); names with a leading dot are
-    passed over, since macOS leaves such shadows of pictures behind.
+    passed over, since macOS leaves such shadows of pictures behind. Links to folders are followed, but no
+    folder is searched twice.
     """
-    return sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    )
+    seen: set[str] = set()
+    pictures: list[str] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # A link to a folder above leads back here without end, or until the path is too long.
+        real = os.path.realpath(parent)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        pictures += [
+            os.path.join(parent, name)
+            for name in names
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(pictures)
 
 
-def read_picture(path: str | Path) -> Tensor:
-    """Decode a picture file as RGB.
+def eight_bits(picture: PIL.Image.Image, mode: str, name: str | Path) -> PIL.Image.Image:
+    """Convert a picture to 8 bits per sample: "RGB", or "L" for grey; of 16 bits the upper 8 are kept.
 
-    torchvision's decoders read JPEG, PNG, WebP and GIF (the first frame); what they refuse is left to PIL.
-    Grey pictures get three equal channels, transparency is dropped, 16-bit samples are scaled to 8 bits, and
-    EXIF orientation is not applied.
+    Raises:
+        InputError: The samples are 32-bit integers or floats, whose black and white nobody knows.
+    """
+    if picture.mode in ("I", "F"):
+        kind = "32-bit integers" if picture.mode == "I" else "32-bit floats"
+        raise InputError(f"{name}: the samples of this picture are {kind}; save it with 8 or 16 bits")
+    if picture.mode.startswith("I;16"):
+        # PIL's own conversion clips at 255 instead of scaling
+        picture = PIL.Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    elif picture.mode == "P" and "transparency" in picture.info:
+        # PIL warns about a palette with transparency that is not taken out by way of RGBA
+        picture = picture.convert("RGBA")
+    return picture.convert(mode)
+
+
+def read_picture(path: str | Path, upright: bool = False) -> Tensor:
+    """Decode a picture file (of an animation, the first frame) as RGB.
+
+    Grey pictures get three equal channels, transparency is dropped, and 16-bit samples are scaled to 8 bits.
 
     Args:
         path: The file.
+        upright: Turn the picture as its EXIF orientation says, as viewers do with a phone's pictures. Class
+            folders are read without: ImageNet is trained and evaluated on the pixels as they are stored, and
+            published accuracies belong to those. (A TIFF is turned in any case, by PIL.)
 
     Returns:
         uint8 tensor (3, H, W).
 
     Raises:
-        InputError: The file is missing, truncated, or not a picture.
+        InputError: The file is missing, truncated, not a picture, or one of 32 bits per sample.
     """
     try:
-        encoded = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-        try:
-            image = decode_image(encoded, mode="RGB")
-        except RuntimeError:
-            with PIL.Image.open(path) as picture:
-                image = F.pil_to_tensor(picture.convert("RGB"))
+        encoded = np.fromfile(path, dtype=np.uint8)
+        # torchvision decodes JPEG fastest. Its other decoders are left alone: a single wrong byte in a PNG
+        # can crash the process.
+        if encoded[:3].tobytes() == b"\xff\xd8\xff":
+            try:
+                decoded: Tensor = decode_jpeg(
+                    torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=upright
+                )
+                return decoded
+            except RuntimeError:
+                pass
+        with PIL.Image.open(io.BytesIO(encoded.tobytes())) as picture:
+            turned = PIL.ImageOps.exif_transpose(picture) if upright else picture
+            image: Tensor = F.pil_to_tensor(eight_bits(turned, "RGB", path))
+            return image
+    except InputError:
+        raise
     except PIL.UnidentifiedImageError:
         raise InputError(f"{path}: this file is not a picture; replace or remove it") from None
-    # PIL reports a broken picture by any of these, according to its format
-    except (OSError, ValueError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:
-        reason = (getattr(error, "strerror", None) or str(error)).partition("\n")[0]
+    # PIL reports a broken picture by almost any exception, according to its format and to what is broken
+    except Exception as error:
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
         raise InputError(f"{path}: this picture cannot be read ({reason}); replace or remove it") from None
-    if image.ndim == 4:
-        image = image[0]
-    as_bytes: Tensor = F.to_dtype(image, torch.uint8, scale=True)
-    return as_bytes
 
 
 class PictureDataset(Dataset[tuple[Any, Any]]):
-    """Pictures with their labels, or with their paths where there are no labels.
+    """Pictures with their labels, or upright and with their paths where there are no labels.
 
     Args:
         paths: The files.
-        targets: Class index of each file; None yields the path instead.
+        targets: Class index of each file; None yields the path instead, and pictures turned as their EXIF
+            orientation says (see :func:`read_picture`).
         transform: Maps the decoded uint8 image (3, H, W) to what the network gets.
-        skip_bad: Replace a file that cannot be read by the next one that can, and warn once per file, instead
-            of raising `InputError`.
+        skip_bad: Replace a file that cannot be read by the next one that can, and warn (every process that
+            loads does), instead of raising `InputError`.
     """
 
     def __init__(
@@ -92,9 +132,6 @@ class PictureDataset(Dataset[tuple[Any, Any]]):
         self._targets = None if targets is None else torch.tensor(targets, dtype=torch.int64)
         self._transform = transform
         self._skip_bad = skip_bad
-        # in shared memory, so that the warning about a file is given once and not once per worker
-        self._known_bad = torch.zeros(len(paths) if skip_bad else 0, dtype=torch.bool)
-        torch.Tensor.share_memory_(self._known_bad)  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -104,21 +141,18 @@ class PictureDataset(Dataset[tuple[Any, Any]]):
         return os.fsdecode(self._paths[index])
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        if self._skip_bad:
-            index, image = self._next_readable(index)
-        else:
-            image = read_picture(self.path(index))
+        index, image = self._next_readable(index) if self._skip_bad else (index, self._read(index))
         label = self.path(index) if self._targets is None else int(self._targets[index])
         return self._transform(image), label
+
+    def _read(self, index: int) -> Tensor:
+        return read_picture(self.path(index), upright=self._targets is None)
 
     def _next_readable(self, start: int) -> tuple[int, Tensor]:
         for step in range(len(self)):
             index = (start + step) % len(self)
-            if self._known_bad[index]:
-                continue
             try:
-                return index, read_picture(self.path(index))
+                return index, self._read(index)
             except InputError as error:
-                self._known_bad[index] = True
                 warnings.warn(f"skipped {error}", stacklevel=2)
         raise InputError(f"{self.path(start)}: neither this picture nor any other of the data set can be read")

@@ -1,7 +1,8 @@
 """The AW-convolution layer: a drop-in Conv2d that computes its own attention maps."""
 
 import math
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ class AWConv2d(nn.Conv2d):
     and each value of A serves ``share`` consecutive input channels. ``weight`` and ``bias`` have the names and shapes
     of :class:`torch.nn.Conv2d`, so that the checkpoint of a plain convolution loads into the layer; everything that
     is new sits under ``attention``.
+
+    The head's normalisations see kh * kw values of every sample and channel: in training mode, a layer with a 1x1
+    kernel needs more than one sample, or BatchNorm refuses the batch.
 
     Args:
         in_channels: Number of input channels C1.
@@ -98,6 +102,11 @@ class AWConv2d(nn.Conv2d):
         )
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
+        for argument, value in (("reduction", reduction), ("share", share), ("head_groups", head_groups)):
+            is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+            if not is_integer and not (argument == "share" and value is None):
+                none = ", or None" if argument == "share" else ""
+                raise ValueError(f"{argument}={value!r} must be an integer{none}")
         if reduction < 1:
             raise ValueError(f"reduction={reduction} must be at least 1")
         group_channels = in_channels // groups
@@ -133,8 +142,7 @@ class AWConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolves ``input`` (N, C1, H, W) or (C1, H, W) with its attended kernels."""
         if input.dim() == 3:
-            output: Tensor = self(input.unsqueeze(0))
-            return output.squeeze(0)
+            return self.forward(input.unsqueeze(0)).squeeze(0)
         attention = self._compact_attention(input)
         padding: _Pair | str = self.padding  # type: ignore[assignment]
         if self.padding_mode != "zeros":
@@ -163,18 +171,18 @@ class AWConv2d(nn.Conv2d):
         return self._compact_attention(input).repeat_interleave(self.share, dim=2)
 
     @torch.no_grad()
-    def preserve_function_(self, *, rescale: bool = True) -> "AWConv2d":
+    def preserve_function_(self, *tied: "AWConv2d") -> "AWConv2d":
         """Makes the layer compute, now, the plain convolution with the present ``weight``; returns the layer.
 
         Silences the head (A = 1/2 everywhere) and divides ``weight`` by the scale that this gives: 3/2, or 1/2
         without ``residual``. The head still learns, since its last normalisation receives gradients.
 
         Args:
-            rescale: Divide ``weight``; false where another layer that shares it has done so.
+            tied: The other layers that share ``weight``, if any: the kernel is divided once for all of them.
         """
-        self._silence_attention()
-        if rescale:
-            self.weight.div_(1.5 if self.residual else 0.5)
+        for layer in (self, *tied):
+            layer._silence_attention()
+        self.weight.div_(1.5 if self.residual else 0.5)
         return self
 
     def extra_repr(self) -> str:
@@ -193,7 +201,6 @@ class AWConv2d(nn.Conv2d):
         return maps.view(maps.shape[0], self.out_channels, self.in_channels // self.groups // self.share, kh, kw)
 
     def _silence_attention(self) -> None:
-        norm = self.attention.get_submodule("norm2")
-        assert isinstance(norm, nn.BatchNorm2d)
+        norm: Any = self.attention.get_submodule("norm2")  # SyncBatchNorm by now, perhaps
         nn.init.zeros_(norm.weight)
         nn.init.zeros_(norm.bias)

@@ -71,7 +71,9 @@ def aw_conv2d(
 
     device_type = input.device.type
     scale = 1 + attention if residual else attention
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+    # devices that autocast does not know, "meta" among them, must not be asked whether it is on
+    available = torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         input, weight, scale = input.to(dtype), weight.to(dtype), scale.to(dtype)
         bias = None if bias is None else bias.to(dtype)

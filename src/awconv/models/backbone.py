@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from itertools import dropwhile
 from typing import Any, Literal, get_args
 
 import timm
@@ -19,6 +20,7 @@ from torch import nn
 
 from awconv.errors import InputError
 from awconv.layers import BAM, AWConv2d, convert_to_aw
+from awconv.layers.convert import BLOCK
 from awconv.models.cifar_resnet import CIFARResNet
 
 Attention = Literal["se", "eca", "cbam", "ge", "bam"]
@@ -79,9 +81,9 @@ def create_backbone(
         aw: Convert to AW-convolution: None or False for no, True for yes with the defaults, or a mapping of options
             of :class:`awconv.layers.AWConv2d` (``reduction``, ``share``, ``head_groups``, ``residual``,
             ``zero_init``, ``backend``), of where (``include``, ``exclude``: glob patterns of module names; by default
-            every convolution with a kernel larger than 1 inside a block) and ``preserve_function`` (start from the
-            function of the plain network; by default True if ``pretrained``). Modules of ``attention`` are never
-            converted.
+            every convolution with a kernel larger than 1 inside a block; every pattern must match a convolution) and
+            ``preserve_function`` (start from the function of the plain network; by default True if ``pretrained``).
+            Modules of ``attention`` are never converted.
         stem: ``"imagenet"`` leaves the network as published. ``"cifar"`` makes it fit 32x32 images, a quarter of the
             original stride: timm's ResNets get a 3x3 stem convolution of stride 1 (a deep stem keeps its three) and
             lose the max-pool; MobileNets and EfficientNets get stride 1 in the stem and in the first strided block.
@@ -95,8 +97,9 @@ def create_backbone(
         A network from images (N, C, H, W) to logits (N, K).
 
     Raises:
-        InputError: If a name or option is unknown, ``attention`` or ``stem`` does not exist for this family, there is
-            nothing to convert, an AW option does not fit a layer, or there are no pretrained weights.
+        InputError: If a name or option is unknown, ``attention`` or ``stem`` does not exist for this family (or
+            ``attention`` not in all of its blocks), there is nothing to convert, an AW option does not fit a layer, or
+            there are no pretrained weights.
     """
     _check_choice("attention", attention, (None, *get_args(Attention)))
     _check_choice("stem", stem, get_args(Stem))
@@ -189,8 +192,18 @@ def _insert_in_blocks(name: str, network: nn.Module, attention: str) -> None:
 
 def _insert_bam(name: str, network: Any) -> None:
     blocks = {block for block, _ in _blocks(name, network, "bam")}
-    stages = [(network.get_submodule(info["module"]), info["num_chs"]) for info in network.feature_info]
-    stages = [(stage, channels) for stage, channels in stages if blocks.intersection(stage.modules())]
+    try:
+        stages = [(network.get_submodule(info["module"]), info["num_chs"]) for info in network.feature_info]
+    except AttributeError:  # some networks describe features that they only have when built as feature extractors
+        stages = []
+    # a stem has no blocks; nor has MobileNetV3's last stage, a 1x1 convolution, which is a stage for all that
+    stages = list(dropwhile(lambda stage: not blocks.intersection(stage[0].modules()), stages))
+    # only these run what is added to them
+    if len(stages) < 2 or not all(isinstance(stage, nn.Sequential | regnet.RegStage) for stage, _ in stages):
+        raise InputError(
+            f"attention='bam': backbone {name!r} has no sequence of stages to put it between; it works for "
+            f"{_FAMILIES}, and RegNets"
+        )
     # the paper's placement: at every bottleneck, that is, before each downsampling, so none after the last stage
     for stage, channels in stages[:-1]:
         stage.add_module("bam", BAM(channels, reduction=min(16, channels)))
@@ -207,7 +220,26 @@ def _blocks(name: str, network: nn.Module, attention: str) -> list[tuple[Any, in
         raise InputError(
             f"attention={attention!r} has no place in backbone {name!r}; it works for {_FAMILIES}, and RegNets"
         )
+    if without := _blocks_without_slot(network, {block for block, _ in found}):
+        kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in without))
+        raise InputError(
+            f"attention={attention!r} has a place in only {len(found)} of the {len(found) + len(without)} blocks "
+            f"with a kernel larger than 1 of backbone {name!r} (not in {kinds}); it works for {_FAMILIES}, and RegNets"
+        )
     return found
+
+
+def _blocks_without_slot(network: nn.Module, with_slot: set[nn.Module]) -> list[nn.Module]:
+    """Finds the blocks that neither are, nor hold, nor lie in one of ``with_slot``."""
+    inside = {module for block in with_slot for module in block.modules()}
+    without: list[nn.Module] = []
+    for module in network.modules():  # outer blocks come before what they hold
+        within = set(module.modules())
+        convolves = any(isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1 for m in within)
+        if BLOCK.search(type(module).__name__) and convolves and module not in inside and not within & with_slot:
+            without.append(module)
+            inside |= within
+    return without
 
 
 def _use_cifar_stem(name: str, network: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from awconv.errors import InputError
 from awconv.layers import AWConv2d
+from awconv.layers.convert import tied_kernels
 
 
 def load_initial_weights(network: nn.Module, path: str | PathLike[str]) -> str:
@@ -44,10 +45,17 @@ def load_initial_weights(network: nn.Module, path: str | PathLike[str]) -> str:
     if difference := _difference(given, wanted, optional, new_head):
         raise InputError(f"initial_weights={str(path)!r} does not fit the {type(network).__name__}: {difference}")
 
+    try:
+        kernels = tied_kernels(network, plain_convs)
+    except ValueError as error:
+        raise InputError(
+            f"initial_weights={str(path)!r} is of a plain network, whose function the AW layers cannot keep: {error}"
+        ) from None
+
     state = {key: value for key, value in given.items() if key not in new_head}
     network.load_state_dict(state, strict=False)
-    for layer in plain_convs:
-        layer.preserve_function_()
+    for first, *others in kernels:
+        first.preserve_function_(*others)
 
     report = f"initial weights: {len(state)} of {len(wanted)} tensors from {path}"
     if new_head:
