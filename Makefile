@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-fast lint format clean
 
+# pictures this small gain little from a second thread, and lose much where another program wants the core
 demo: $(VENV)/installed
-	$(BIN)/python lightning_cli.py fit --test_after_fit true
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python lightning_cli.py fit --test_after_fit true
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest

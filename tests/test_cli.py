@@ -110,6 +110,14 @@ def test_without_logger_and_bar(cli, tmp_path):
     assert (only_run(tmp_path) / "checkpoints/last.ckpt").is_file()
 
 
+def test_an_overlay_alone_goes_on_top_of_the_default(cli):
+    code, out, err = cli("fit", "-c", "configs/overlays/debug.yaml", "--print_config")
+    assert code == 0, err
+    printed = yaml.safe_load(out)
+    assert printed["model"]["init_args"]["backbone"] == "resnet20"
+    assert printed["trainer"]["limit_train_batches"] == 4
+
+
 def test_print_config_is_a_config(cli, tmp_path):
     code, out, _ = cli("fit", "--print_config")
     assert code == 0
@@ -477,6 +485,8 @@ BAD_ARGUMENTS = [
     (["fit", "--ckpt=last"], ["'ckpt'", "ckpt_path"]),
     (["fit", "--seed=3"], ["'seed'"]),
     (["fit", "--trainer.max_epoch", "3"], ["trainer.max_epoch", "did you mean trainer.max_epochs?"]),
+    (["fit", "--model", "nowhere.Task"], ["model='nowhere.Task'", "cannot be imported"]),
+    (["fit", "--data.eval_image_size", "288"], ["'eval_image_size'", "data.eval_image_size", "not of the one chosen"]),
     (["fit", "--model.milestones=[a]"], ["milestones=\"['a']\"", "list[int] or null"]),
     (["fit", "--trainer.precision=17"], ["trainer.precision='17'", "'bf16-mixed'"]),
     (["fit", "--model.lr"], ["has no value"]),

@@ -46,6 +46,8 @@ def test_command(cli, tmp_path, command, project, cifar10_root, cifar100_root, i
         (checkpoint,) = (tmp_path / "runs").glob("*/*/checkpoints/best.ckpt")
         words = [str(checkpoint) if word == "weights.ckpt" else word for word in words]
     words = [str(picture_folder) if word == "my_pictures" else word for word in words]
+    words = [word for word in words if word != "my_pictures_by_class"]
+    words = [word for word in words if word != "--data.root"]
     recipe = next((Path(w).stem for w in words if "recipes/" in w), "digits")
     roots = {"cifar10": cifar10_root, "cifar100": cifar100_root, "imagenet": imagenet_root}
     options = [*ONE_STEP, *(MINIATURE[recipe] if "my_project.MyData" not in words else [])]

@@ -344,6 +344,18 @@ def test_resuming_to_train_longer_follows_the_longer_schedule(tmp_path, schedule
     np.testing.assert_allclose(resumed.momenta, longer.momenta[10:], rtol=1e-9)
 
 
+def test_resuming_onecycle_with_shorter_epochs_stays_at_its_end(tmp_path):
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    options = {"lr_schedule": "onecycle", "optimizer_options": {"momentum": 0.9}}
+    trainer(tmp_path, Order(stop_after=10), checkpoint).fit(task(**options), Data())
+    order = Order()
+    run = trainer(tmp_path, order, limit_train_batches=1, max_epochs=15)  # 15 steps in all, and 13 are still to come
+    run.fit(task(**options), Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert len(order.lrs) == 13
+    assert order.lrs[4:] == [order.lrs[4]] * 9
+    assert order.lrs[4] < 1e-4 < order.lrs[3]
+
+
 def test_resuming_with_another_schedule_follows_it_from_the_first_step(tmp_path):
     resumed, _ = resumed_optimizer(tmp_path, {"lr_schedule": "cosine"}, {"lr_schedule": "constant", "lr": 0.2})
     np.testing.assert_allclose(resumed.lrs, [0.2] * 10)

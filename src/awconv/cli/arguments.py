@@ -21,8 +21,8 @@ def complete(args: list[str]) -> list[str]:
     """Puts the base config and the configs before the flags, and names the checkpoint file that is meant.
 
     The base is the config that the checkpoint carries where ``--ckpt_path`` is given, else the embedded default where
-    no config is. All of a checkpoint's config is the base of ``fit``, which goes on with that run; its data and model
-    are the base of the other commands.
+    no config names a model or data. All of a checkpoint's config is the base of ``fit``, which goes on with that run;
+    its data and model are the base of the other commands.
 
     Args:
         args: The words after the program's name.
@@ -52,10 +52,18 @@ def complete(args: list[str]) -> list[str]:
         checkpoint = _resolve_checkpoint(asked[-1], Path(roots[-1] if roots else "runs"))
         flags.append(f"--ckpt_path={checkpoint}")
         base = _checkpoint_config(checkpoint, subcommand, has_config=bool(configs))
-    elif not configs:
+    elif not any(_names_a_class(config) for config in configs):
         base = files("awconv.cli").joinpath("default.yaml").read_text()
     ordered = [base, *paths] if base else paths
     return [subcommand, *(f"--config={config}" for config in ordered), *flags]
+
+
+def _names_a_class(config: dict[str, Any]) -> bool:
+    # overlays alone go on top of the embedded default
+    sections = [config.get("model"), config.get("data")]
+    return any(
+        isinstance(section, str) or (isinstance(section, dict) and "class_path" in section) for section in sections
+    )
 
 
 def _split(words: list[str], option: str) -> tuple[list[str], list[str]]:

@@ -29,6 +29,8 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
     if not key or not value:
         return text
     if key[1] in ("model", "data"):
+        if "." in value[1]:
+            return f"{key[1]}={value[1]!r} cannot be imported; check the module's name and the class's"
         choices = [cls.__name__ for cls in _classes_for(key[1])]
         return f"{key[1]}={value[1]!r} is no known class; choose one of {', '.join(choices)}, or a dotted import path"
     # each type of a union is told once in "Subtypes" and once in "Errors"
@@ -77,4 +79,6 @@ def _nearest_option(name: str, parser: LightningArgumentParser) -> str:
     tail = name.rsplit(".", 1)[-1]
     by_tail = {option.rsplit(".", 1)[-1]: option for option in sorted(options)}
     near = difflib.get_close_matches(tail, by_tail, n=1)
+    if near and near[0] == tail:
+        return f": {by_tail[tail]} is an option of some classes, but not of the one chosen"
     return f"; did you mean {by_tail[near[0]]}?" if near else "; --help lists the options"

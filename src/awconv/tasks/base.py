@@ -278,12 +278,20 @@ class BaseTask(L.LightningModule):
     def on_train_start(self) -> None:
         """Sets what the schedule says for the next step: a resumed run may have another schedule than the saved one."""
         schedule = self.lr_schedulers()
-        if isinstance(schedule, LambdaLR | OneCycleLR):
+        if isinstance(schedule, LambdaLR) or (isinstance(schedule, OneCycleLR) and not _has_ended(schedule)):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # get_lr outside step() is what is meant here
                 rates = schedule.get_lr()
             for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Steps the schedule; one that has ended keeps its last learning rate.
+
+        OneCycleLR would raise: a run that is resumed with shorter epochs makes more steps than those add up to.
+        """
+        if not (isinstance(scheduler, OneCycleLR) and _has_ended(scheduler)):
+            super().lr_scheduler_step(scheduler, metric)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads ``state_dict``; under ``strict`` a network of another architecture is an :class:`InputError`."""
@@ -316,6 +324,11 @@ class _WeightAverage(EMAWeightAveraging):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+def _has_ended(schedule: OneCycleLR) -> bool:
+    # its last rate is that of step total_steps - 1; a step further, the cosine rises again
+    return schedule.last_epoch >= schedule.total_steps - 1
 
 
 def _scale(values: dict[str, Any], keys: tuple[str, ...], ratio: float) -> None:
