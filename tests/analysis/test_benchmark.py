@@ -249,6 +249,35 @@ def test_layer_records(dtype):
     assert len({row["ratio"] for row in plain.values()}) == 1
 
 
+def test_least_work_is_counted_by_hand():
+    """Two samples of 16 channels, 6x6: 1152 numbers; a kernel of 2304; maps of 2 x 16 x 1 x 9 = 288 numbers."""
+    rows = benchmark.benchmark_layers(((16, 6),), device="cpu", batch=2, dtype=torch.float32, repeats=1)
+    work = {(row["contender"], row["pass"]): (row["flops"], row["bytes"]) for row in rows}
+    flops = 2 * 2 * 16 * 16 * 9 * 36
+    assert work["Conv2d", "forward"] == (flops, 4 * (1152 + 1152 + 2304))
+    assert work["AWConv2d grouped", "forward"] == (flops, 4 * (1152 + 1152 + 2304 + 288))
+    assert work["AWConv2d fused", "forward+backward"] == (3 * flops, 4 * (5 * 1152 + 3 * (2304 + 288)))
+
+
+def test_floor_is_the_slower_of_computing_and_moving():
+    row = {"flops": 6e9, "bytes": 2e9}
+    assert benchmark.floor_ms(row, benchmark.Ceilings(1e12, 1e12)) == pytest.approx(6)
+    assert benchmark.floor_ms(row, benchmark.Ceilings(1e12, 1e11)) == pytest.approx(20)
+
+
+def test_ceilings_count_what_was_done(monkeypatch):
+    monkeypatch.setattr(benchmark, "_time", lambda call, calls, device: (call(), 0.5)[1])
+    ceilings = benchmark.measure_ceilings("cpu", torch.float32, repeats=1)
+    assert ceilings == (2 * 1024**3 / 0.5, 2 * 2**27 / 0.5)
+
+
+def test_what_a_device_cannot_compute_is_left_out(monkeypatch):
+    monkeypatch.setattr(benchmark, "unsupported", lambda input: "needs Triton on CUDA")
+    contenders = benchmark._layer_contenders(16, torch.empty(0))
+    assert "AWConv2d grouped" in contenders
+    assert "AWConv2d fused" not in contenders
+
+
 # --- table ----------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +285,7 @@ def test_table_is_aligned_markdown():
     def row(name, contender, median, ratio, mib):
         quartiles = [0.9 * median, 1.1 * median]
         return {"channels": 64, "size": 56, "pass": name, "contender": contender, "median_ms": median, "ratio": ratio,
-                "quartiles_ms": quartiles, "peak_memory": mib * 2**20, "times_ms": [median]}  # fmt: skip
+                "quartiles_ms": quartiles, "peak_memory": mib * 2**20, "floor_ms": median / 4}  # fmt: skip
 
     table = benchmark.layers_table(
         [
@@ -266,13 +295,14 @@ def test_table_is_aligned_markdown():
             row("forward+backward", "AW gemm", 60.0, 2.0, 50.04),
         ]
     )
+    layer, plain, gemm = ["3x3 layer", "contender"], ["64 ch, 56x56", "Conv2d"], ["64 ch, 56x56", "AW gemm"]
     head, rule, *body = table.splitlines()
     assert len({len(line) for line in (head, rule, *body)}) == 1
-    assert rule.replace("-", "") == "|  |  | : | : | : | : | : | : |"
+    assert rule.replace("-", "") == "|  |  | : | : | : | : | : | : | : | : |"
     assert [re.split(r" *\| *", line.strip("| ")) for line in (head, *body)] == [
-        ["3x3 layer", "contender", "forward, ms", "ratio", "MiB", "forward+backward, ms", "ratio", "MiB"],
-        ["64 ch, 56x56", "Conv2d", "10.00 (9.00-11.00)", "1.00", "12.5", "30.00 (27.00-33.00)", "1.00", "25.0"],
-        ["64 ch, 56x56", "AW gemm", "123.46 (111.11-135.80)", "12.35", "1024.0", "60.00 (54.00-66.00)", "2.00", "50.0"],
+        [*layer, "forward, ms", "floor", "ratio", "MiB", "forward+backward, ms", "floor", "ratio", "MiB"],
+        [*plain, "10.00 (9.00-11.00)", "2.50", "1.00", "12.5", "30.00 (27.00-33.00)", "7.50", "1.00", "25.0"],
+        [*gemm, "123.46 (111.11-135.80)", "30.86", "12.35", "1024.0", "60.00 (54.00-66.00)", "15.00", "2.00", "50.0"],
     ]
     # numbers end, and names begin, at the same column
     assert {line.index("| Conv2d") for line in body[:1]} == {line.index("| AW gemm") for line in body[1:]}
@@ -303,7 +333,7 @@ def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys, mon
     file = tmp_path / "records.json"
     benchmark.main(["layers", "--quick", "--batch", "1", "--json", str(file)])
     out, err = capsys.readouterr()
-    header, blank, *table, second_blank, legend = out.splitlines()
+    header, blank, *table, second_blank, legend, floor_legend = out.splitlines()
     records = json.loads(file.read_text())
 
     assert err == ""
@@ -316,7 +346,7 @@ def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys, mon
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
     layers = ["16 ch, 9x9", "32 ch, 7x7"]
     assert [line[:2] for line in cells[2:]] == [[layer, contender] for layer in layers for contender in CONTENDERS]
-    assert [line[3] for line in cells[2:] if line[1] == "Conv2d"] == ["1.00"] * 2
+    assert [line[4] for line in cells[2:] if line[1] == "Conv2d"] == ["1.00"] * 2
 
     assert records["benchmark"] == "layers"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", records["date"])
@@ -326,7 +356,11 @@ def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys, mon
     assert len(records["rows"]) == 2 * 2 * len(CONTENDERS)
     first = records["rows"][0]
     assert cells[2][2].startswith(f"{first['median_ms']:.2f} (")
-    assert cells[2][4] == f"{first['peak_memory'] / 2**20:.1f}"
+    assert cells[2][3] == f"{first['floor_ms']:.2f}"
+    assert cells[2][5] == f"{first['peak_memory'] / 2**20:.1f}"
+    ceilings = benchmark.Ceilings(*records["ceilings"].values())
+    assert all(row["floor_ms"] == benchmark.floor_ms(row, ceilings) for row in records["rows"])
+    assert f"{ceilings.flops / 1e9:.0f} GFLOP/s" in floor_legend
 
 
 @pytest.fixture

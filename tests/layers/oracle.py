@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-BACKENDS = ("grouped", "gemm")
+BACKENDS = ("grouped", "gemm", "fused")
 
 
 def pair(value):

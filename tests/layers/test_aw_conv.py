@@ -23,6 +23,7 @@ from oracle import (
 from torch import nn
 
 from awconv.layers import AWConv2d
+from awconv.layers.aw_conv import _exportable_pool
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -601,6 +602,7 @@ def small_network(backend):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_compiles_without_graph_breaks(backend, training):
+    torch.compiler.reset()  # what was compiled for other backends and modes counts towards a limit
     network = small_network(backend).train(training)
     reference = copy.deepcopy(network)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -637,6 +639,44 @@ def test_exports_with_a_fixed_batch(backend):
     x = images(2, 3, 12, 10, dtype=torch.float32)
     program = torch.export.export(network, (x,))
     torch.testing.assert_close(program.module()(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def dynamic_program(module, example):
+    """Exports with a dynamic batch, height and width."""
+    any_pixels = torch.export.Dim.DYNAMIC
+    shapes = {0: torch.export.Dim("batch", min=1), 2: any_pixels, 3: any_pixels}
+    return torch.export.export(module, (example,), dynamic_shapes=(shapes,))
+
+
+@pytest.mark.parametrize("cells", [(3, 3), (5, 2), (1, 7), (7, 1)], ids=str)
+def test_pool_that_is_exported_is_the_adaptive_pool(cells):
+    """Also where there are fewer pixels than cells."""
+    for height, width in [(n, m) for n in (1, 2, 3, 4, 5, 7, 8, 19, 56) for m in (1, 2, 3, 6, 11, 32)]:
+        x = images(2, 3, height, width)
+        expected = torch.nn.functional.adaptive_avg_pool2d(x, cells)
+        torch.testing.assert_close(_exportable_pool(x, cells), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cells", [(3, 3), (5, 2)], ids=str)
+def test_exported_pool_takes_any_size(cells):
+    class Pool(nn.Module):
+        def forward(self, x):
+            return _exportable_pool(x, cells)
+
+    program = dynamic_program(Pool(), images(2, 3, 9, 8)).module()
+    for height, width in [(9, 8), (2, 2), (3, 2), (4, 5), (31, 17)]:
+        x = images(3, 3, height, width)
+        expected = torch.nn.functional.adaptive_avg_pool2d(x, cells)
+        torch.testing.assert_close(program(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_exports_with_dynamic_sizes():
+    """In float64, where a mistake is larger than rounding."""
+    network = small_network("auto").eval().double()
+    program = dynamic_program(network, images(2, 3, 12, 10)).module()
+    for samples, height, width in [(1, 12, 10), (3, 5, 7), (8, 40, 6), (2, 33, 64)]:
+        x = images(samples, 3, height, width)
+        torch.testing.assert_close(program(x), network(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`aw_conv2d` against the literal sum of DESIGN section 2, in float64, over every argument and both backends."""
+"""`aw_conv2d` against the literal sum of DESIGN section 2, in float64, over every argument and all backends."""
 
 import itertools
 
@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from awconv.layers import aw_conv2d
+from awconv.layers.functional import _exportable_unfold
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}
 
@@ -65,7 +66,7 @@ def test_every_combination_equals_the_literal_loop(kernel, stride, padding, dila
                     err_msg=f"{groups=} {share=} {size=} {residual=} {backend=} bias={b is not None}",
                 )
                 compared += 1
-    assert compared == 6 * 2 * 2 * 4
+    assert compared == 6 * 2 * 2 * 2 * len(BACKENDS)
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
@@ -75,6 +76,15 @@ def test_the_two_oracles_agree(kernel, stride, padding, dilation, padding_mode):
         values = arrays(*tensors(2, 4, 8, kernel, groups, share, (5, 6)))
         arguments = (stride, padding, dilation, groups, residual, padding_mode)
         np.testing.assert_allclose(unfolded_aw_conv(*values, *arguments), literal_aw_conv(*values, *arguments), **TIGHT)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=short)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_unfold_that_is_exported_gives_the_same_numbers(kernel, dtype):
+    image = tensors(2, 6, 6, kernel, 1, 1, (7, 8), dtype=dtype)[0]
+    for dilation, padding, stride in itertools.product([(1, 1), (2, 1)], [(0, 0), (2, 1)], [(1, 1), (1, 2), (3, 2)]):
+        expected = F.unfold(image, kernel, dilation, padding, stride)
+        assert torch.equal(_exportable_unfold(image, kernel, dilation, padding, stride), expected)
 
 
 def test_the_oracle_without_attention_is_torchs_convolution():
@@ -271,7 +281,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("backend", ["grouped", "gemm", "auto"])
 def test_autocast_never_holds_the_samples_kernels_in_float32(backend):
     """DESIGN section 7, 17: the kernel is cast before it is multiplied, or the memory doubles."""
     values = [v.float() for v in tensors(4, 16, 16, (3, 3), 1, 4, (4, 4))]

@@ -1,6 +1,6 @@
-"""What AW-convolution costs in time and memory, beside a plain convolution and a peer.
+"""What AW-convolution costs in time and memory, beside a plain convolution and its peers.
 
-Run it as ``python -m awconv.analysis.benchmark layers``.
+Run it as ``python -m awconv.analysis.benchmark layers``, or ``network``.
 """
 
 import argparse
@@ -10,30 +10,33 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awconv.analysis.command import OneLineParser, aligned_table
 from awconv.errors import InputError
 from awconv.layers import BACKENDS, AWConv2d
+from awconv.layers.fused import unsupported
 
 # The 3x3 convolutions of ResNet-50's four stages: channels in and out; height and width in pixels.
 RESNET50_SHAPES: tuple[tuple[int, int], ...] = ((64, 56), (128, 28), (256, 14), (512, 7))
 _BASELINE = "Conv2d"
-_PASSES = ("forward", "forward+backward")
+PASSES = ("forward", "forward+backward")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCHES = {"cpu": 16, "cuda": 256}
 _REPEATS, _QUICK_REPEATS = 20, 3
 # Shorter visits would time the clock and, on CUDA, the launch of the first kernel.
 _SECONDS_A_VISIT = 0.01
-_MIB = 2**20
+MIB = 2**20
 
 Call = Callable[[], object]
 
@@ -152,6 +155,47 @@ def peak_memory(call: Call, device: str = "cpu") -> int:
     return _highest_sum(_cpu_allocations(profile))
 
 
+class Ceilings(NamedTuple):
+    """The highest rates that a device was seen to reach, for one dtype.
+
+    Attributes:
+        flops: Additions and multiplications a second, of a large matrix product.
+        bandwidth: Bytes read and written a second, of a large copy.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+def measure_ceilings(device: str, dtype: torch.dtype, *, repeats: int = 30) -> Ceilings:
+    """Measures what a device reaches at best, as opposed to what its maker says.
+
+    The product is tried as torch's own and as a 1x1 convolution, of which the faster one counts: on a CPU they are
+    computed by different libraries.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Type of the matrices.
+        repeats: Calls of each, of which the fastest counts.
+    """
+    size = 8192 if device == "cuda" else 1024
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    # as many pixels as rows, in pictures of 8x8
+    images = torch.randn(size // 64, size, 8, 8, device=device, dtype=dtype)
+    products: tuple[Call, ...] = (lambda: matrix @ matrix, lambda: F.conv2d(images, matrix.view(size, size, 1, 1)))
+    # well beyond any cache
+    source = torch.zeros(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+
+    def fastest(call: Call) -> float:
+        _time(call, 1, device)
+        return min(_time(call, 1, device) for _ in range(repeats))
+
+    with torch.no_grad():
+        flops = 2 * size**3 / min(map(fastest, products))
+        return Ceilings(flops, 2 * source.nbytes / fastest(lambda: target.copy_(source)))
+
+
 def benchmark_layers(
     shapes: Sequence[tuple[int, int]], *, device: str, batch: int, dtype: torch.dtype, repeats: int
 ) -> list[dict[str, Any]]:
@@ -170,18 +214,20 @@ def benchmark_layers(
     Returns:
         One record for each shape, pass and contender: ``channels``, ``size`` (pixels), ``pass``, ``contender``,
         ``median_ms`` and ``quartiles_ms`` a call, ``ratio`` (the median over that of the plain convolution),
-        ``peak_memory`` (bytes beyond input and parameters), and ``times_ms``, one for each repeat.
+        ``peak_memory`` (bytes beyond input and parameters), ``flops`` and ``bytes`` (what the convolution cannot do
+        without, its attention maps included but not the head that makes them), and ``times_ms``, one for each repeat.
     """
     torch.manual_seed(0)
-    keys, cases = [], []
+    keys: list[dict[str, Any]] = []
+    cases: list[dict[str, Call]] = []
     for channels, size in shapes:
-        for name in _PASSES:
+        for name in PASSES:
             input = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
             keys.append({"channels": channels, "size": size, "pass": name})
             cases.append(
                 {
                     contender: _layer_call(layer.to(device, dtype), input, training=name != "forward")
-                    for contender, layer in _layer_contenders(channels).items()
+                    for contender, layer in _layer_contenders(channels, input).items()
                 }
             )
     rows = []
@@ -197,17 +243,28 @@ def benchmark_layers(
                     "quartiles_ms": [1e3 * first, 1e3 * third],
                     "ratio": median / baseline,
                     "peak_memory": result.peak_memory,
+                    **_least_work(key["channels"], key["size"], key["pass"], contender, batch, dtype.itemsize),
                     "times_ms": [1e3 * t for t in result.times],
                 }
             )
     return rows
 
 
+def floor_ms(row: Mapping[str, Any], ceilings: Ceilings) -> float:
+    """The time that no implementation of a record's convolution can beat at these rates (the roofline)."""
+    flops, moved = float(row["flops"]), float(row["bytes"])
+    return 1e3 * max(flops / ceilings.flops, moved / ceilings.bandwidth)
+
+
 def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Lays the records of :func:`benchmark_layers` out as an aligned Markdown table, both passes side by side."""
+    """Lays the records of :func:`benchmark_layers` out as an aligned Markdown table, both passes side by side.
+
+    Args:
+        rows: The records, each with a ``floor_ms`` (see :func:`floor_ms`) besides.
+    """
     head = ["3x3 layer", "contender"]
-    for name in _PASSES:
-        head += [f"{name}, ms", "ratio", "MiB"]
+    for name in PASSES:
+        head += [f"{name}, ms", "floor", "ratio", "MiB"]
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         layer = f"{row['channels']} ch, {row['size']}x{row['size']}"
@@ -215,34 +272,31 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
         low, high = row["quartiles_ms"]
         cells += [
             f"{row['median_ms']:.2f} ({low:.2f}-{high:.2f})",
+            f"{row['floor_ms']:.2f}",
             f"{row['ratio']:.2f}",
-            f"{row['peak_memory'] / _MIB:.1f}",
+            f"{row['peak_memory'] / MIB:.1f}",
         ]
-    body = list(lines.values())
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-
-    def aligned(cells: Sequence[str]) -> str:
-        justified = [
-            c.ljust(w) if column < 2 else c.rjust(w) for column, (c, w) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return f"| {' | '.join(justified)} |"
-
-    rule = [("-" * w) if column < 2 else "-" * (w - 1) + ":" for column, w in enumerate(widths)]
-    return "\n".join([aligned(head), aligned(rule), *map(aligned, body)])
+    return aligned_table(head, list(lines.values()), left=2)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs the command line; ``args`` replaces ``sys.argv[1:]``. Bad input ends in one line and exit code 2."""
-    parser = _Parser(prog="python -m awconv.analysis.benchmark", description=__doc__)
+    parser = OneLineParser(prog="python -m awconv.analysis.benchmark", description=__doc__)
     commands = parser.add_subparsers(required=True)
     layers = commands.add_parser("layers", help="the four 3x3 convolutions of ResNet-50", description=_layers.__doc__)
     layers.set_defaults(run=_layers)
-    layers.add_argument("--device", choices=sorted(_BATCHES), default="cpu", help="where to compute (default: cpu)")
     layers.add_argument("--batch", type=_positive, metavar="N", help="samples (default: 16 on cpu, 256 on cuda)")
-    layers.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="default: float32")
-    layers.add_argument("--repeats", type=_positive, metavar="R", help=f"visits each (default: {_REPEATS})")
-    layers.add_argument("--json", type=Path, metavar="FILE", help="write the records there too; never over a file")
-    layers.add_argument("--quick", action="store_true", help=f"{_QUICK_REPEATS} repeats: rough figures, soon")
+    network = commands.add_parser("network", help="whole ResNets, plain, AW and SE", description=_network.__doc__)
+    network.set_defaults(run=_network)
+    network.add_argument("--batch", type=_positive, metavar="N", help="pictures (default: 4 on cpu, 128 on cuda)")
+    network.add_argument("--size", type=_positive, metavar="PIXELS", help="default: 64 on cpu, 224 on cuda")
+    network.add_argument("--compile", action="store_true", help="measure the networks compiled too")
+    for command in (layers, network):
+        command.add_argument("--device", choices=sorted(_BATCHES), default="cpu", help="default: cpu")
+        command.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="default: float32")
+        command.add_argument("--repeats", type=_positive, metavar="R", help=f"visits each (default: {_REPEATS})")
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the records there too; never over a file")
+        command.add_argument("--quick", action="store_true", help=f"{_QUICK_REPEATS} repeats: rough figures, soon")
     options = parser.parse_args(args)
     try:
         options.run(options)
@@ -252,43 +306,106 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _layers(options: argparse.Namespace) -> None:
     """Compare Conv2d, AWConv2d with each backend, and timm's CondConv2d on the 3x3 convolutions of ResNet-50."""
+    device, batch, repeats, record = _begin(options, _BATCHES)
+    dtype = _DTYPES[options.dtype]
+    with _blaming_the_batch(batch, device):
+        rows = benchmark_layers(RESNET50_SHAPES, device=device, batch=batch, dtype=dtype, repeats=repeats)
+    ceilings = measure_ceilings(device, dtype)
+    record["ceilings"] = {"flops_per_second": ceilings.flops, "bytes_per_second": ceilings.bandwidth}
+    for row in rows:
+        row["floor_ms"] = floor_ms(row, ceilings)
+    print(layers_table(rows))
+    print(
+        f"\nTime a call: median (quartiles) of {repeats} interleaved repeats. ratio: to {_BASELINE}. "
+        "MiB: peak memory of a call, beyond input and parameters.\n"
+        "floor, ms: what the convolution alone, with its maps given, would take at the rates of a large matrix product "
+        f"and a large copy, here {ceilings.flops / 1e9:.0f} GFLOP/s and {ceilings.bandwidth / 1e9:.1f} GB/s."
+    )
+    _end(options, {"benchmark": "layers", **record, "rows": rows})
+
+
+def _network(options: argparse.Namespace) -> None:
+    """Compare ResNet-50, its AW and SE twins and AW-ResNet-101: inference, and a step of training."""
+    from awconv.analysis.network_benchmark import benchmark_networks, networks_table
+
+    size = options.size or {"cpu": 64, "cuda": 224}[options.device]
+    if options.batch == 1:
+        raise InputError("--batch 1: BatchNorm trains on two pictures at least; give more")
+    device, batch, repeats, record = _begin(options, {"cpu": 4, "cuda": 128}, size=size, compile=options.compile)
+    with _blaming_the_batch(batch, device):
+        rows = benchmark_networks(
+            device=device,
+            batch=batch,
+            size=size,
+            dtype=_DTYPES[options.dtype],
+            repeats=repeats,
+            compiled=options.compile,
+        )
+    print(networks_table(rows, batch))
+    print(
+        f"\nTime a batch of {batch} pictures of {size}x{size}: median (quartiles) of {repeats} interleaved repeats. "
+        "ratio: to resnet50 in the same mode. MiB: peak memory of a batch, beyond pictures and parameters."
+    )
+    _end(options, {"benchmark": "network", **record, "rows": rows})
+
+
+def _begin(
+    options: argparse.Namespace, batches: Mapping[str, int], **arguments: Any
+) -> tuple[str, int, int, dict[str, Any]]:
+    """Checks what all benchmarks are given, and says what is measured: device, batch, repeats and the record's head."""
     device: str = options.device
-    batch = options.batch or _BATCHES[device]
-    repeats = options.repeats or (_QUICK_REPEATS if options.quick else _REPEATS)
+    batch: int = options.batch or batches[device]
+    repeats: int = options.repeats or (_QUICK_REPEATS if options.quick else _REPEATS)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if options.json is not None:
         _check_new_file(options.json)
     record = _circumstances(device)
-    record["arguments"] = {"device": device, "batch": batch, "dtype": options.dtype, "repeats": repeats}
+    given = {"device": device, "batch": batch, "dtype": options.dtype, "repeats": repeats}
+    record["arguments"] = {**given, **arguments}
     print(
         f"{record['machine']}, torch {record['versions']['torch']}, {options.dtype}, batch {batch}, {record['date']}\n",
         flush=True,
     )
+    return device, batch, repeats, record
+
+
+def _end(options: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    if options.json is not None:
+        _write_new_file(options.json, json.dumps(record, indent=1) + "\n")
+
+
+@contextmanager
+def _blaming_the_batch(batch: int, device: str) -> Iterator[None]:
     try:
-        rows = benchmark_layers(
-            RESNET50_SHAPES, device=device, batch=batch, dtype=_DTYPES[options.dtype], repeats=repeats
-        )
+        yield
     except RuntimeError as error:
         # torch.OutOfMemoryError is for CUDA alone
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise InputError(f"--batch {batch}: does not fit into the memory of the {device}; take a smaller one") from None
-    print(layers_table(rows))
-    print(
-        f"\nTime a call: median (quartiles) of {repeats} interleaved repeats. ratio: to {_BASELINE}. "
-        "MiB: peak memory of a call, beyond input and parameters."
-    )
-    if options.json is not None:
-        _write_new_file(options.json, json.dumps({"benchmark": "layers", **record, "rows": rows}, indent=1) + "\n")
 
 
-def _layer_contenders(channels: int) -> dict[str, nn.Module]:
+def _layer_contenders(channels: int, input: Tensor) -> dict[str, nn.Module]:
     contenders: dict[str, nn.Module] = {_BASELINE: nn.Conv2d(channels, channels, 3, padding=1, bias=False)}
     for backend in BACKENDS:
+        if backend == "fused" and unsupported(input) is not None:
+            continue  # a CUDA device without Triton
         contenders[f"AWConv2d {backend}"] = AWConv2d(channels, channels, 3, padding=1, bias=False, backend=backend)
     contenders["CondConv2d"] = RoutedCondConv2d(channels)
     return contenders
+
+
+def _least_work(channels: int, size: int, name: str, contender: str, batch: int, itemsize: int) -> dict[str, int]:
+    """Counts additions and multiplications, and bytes that are read once or written once."""
+    numbers, kernel = batch * channels * size**2, 9 * channels**2
+    if contender.startswith("AWConv2d"):
+        layer = AWConv2d(channels, channels, 3, device="meta")
+        kernel += batch * 9 * channels * (channels // layer.share)
+    products = 1 if name == "forward" else 3
+    # forward: input and kernel, to output; backward: gradient, input and kernel, to gradients of input and kernel
+    tensors = 2 * numbers + kernel if name == "forward" else 5 * numbers + 3 * kernel
+    return {"flops": products * 2 * numbers * 9 * channels, "bytes": itemsize * tensors}
 
 
 def _layer_call(layer: nn.Module, input: Tensor, *, training: bool) -> Call:
@@ -399,13 +516,6 @@ def _positive(text: str) -> int:
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 2147483647")
     return value
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, where argparse would print its usage first."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 if __name__ == "__main__":

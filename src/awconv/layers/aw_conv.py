@@ -197,10 +197,34 @@ class AWConv2d(nn.Conv2d):
     def _compact_attention(self, input: Tensor) -> Tensor:
         """Computes A without repeating shared values: (N, C2, C1 / groups / share, kh, kw)."""
         kh, kw = self.kernel_size
-        maps: Tensor = self.attention(F.adaptive_avg_pool2d(input, (kh, kw)))
+        pool = _exportable_pool if torch.compiler.is_exporting() else F.adaptive_avg_pool2d
+        maps: Tensor = self.attention(pool(input, (kh, kw)))
         return maps.view(maps.shape[0], self.out_channels, self.in_channels // self.groups // self.share, kh, kw)
 
     def _silence_attention(self) -> None:
         norm: Any = self.attention.get_submodule("norm2")  # SyncBatchNorm by now, perhaps
         nn.init.zeros_(norm.weight)
         nn.init.zeros_(norm.bias)
+
+
+def _exportable_pool(input: Tensor, size: tuple[int, int]) -> Tensor:
+    """Adaptive average pool as two matrix products, for graphs that take any picture size.
+
+    ONNX has no adaptive pool, and the exporter unrolls torch's for the height and width of its example: the graph
+    then fails on all others.
+    """
+    height, width = (_averaging(pixels, cells, input) for pixels, cells in zip(input.shape[2:], size, strict=True))
+    # one matrix product each, where height @ input @ width.T would be one for every sample and channel
+    rows = F.linear(input.transpose(2, 3), height)
+    return F.linear(rows.transpose(2, 3), width)
+
+
+def _averaging(pixels: int, cells: int, like: Tensor) -> Tensor:
+    """A matrix (cells, pixels) whose row i averages pixels floor(i * pixels / cells) to ceil((i + 1) * pixels / cells).
+
+    Built from comparisons, since ``pixels`` is a symbol while exporting.
+    """
+    cell = torch.arange(cells, device=like.device).unsqueeze(1)
+    pixel = torch.arange(pixels, device=like.device)
+    first, end = cell * pixels // cells, ((cell + 1) * pixels + cells - 1) // cells
+    return ((first <= pixel) & (pixel < end)).to(like.dtype) / (end - first).to(like.dtype)

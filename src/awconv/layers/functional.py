@@ -1,11 +1,14 @@
 """The AW-convolution as a function of its kernel and attention maps, and the backends that compute it."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from awconv.layers import fused
 
 
 class _Geometry(NamedTuple):
@@ -18,7 +21,7 @@ class _Geometry(NamedTuple):
 
 
 # (input, per-sample kernels (N, C2, C1/groups, kh, kw), geometry) -> output
-_Backend = Callable[[Tensor, Tensor, _Geometry], Tensor]
+_Expanding = Callable[[Tensor, Tensor, _Geometry], Tensor]
 
 
 def aw_conv2d(
@@ -54,13 +57,16 @@ def aw_conv2d(
         groups: Number of blocks of channels that are convolved apart.
         residual: Scale the kernel by 1 + A rather than by A.
         backend: ``"grouped"`` (the batch folded into the groups of one convolution), ``"gemm"`` (unfold and batched
-            matrix product; exports with a dynamic batch), or ``"auto"`` (the faster one for these shapes).
+            matrix product; exports with a dynamic batch, height and width), ``"fused"`` (never holds the samples'
+            kernels in memory: Triton kernels on CUDA, sample by sample on a CPU), or ``"auto"`` (the fastest one for
+            these shapes).
 
     Returns:
         The output O, shape (N, C2, H', W').
 
     Raises:
-        ValueError: If shapes do not fit together or the backend is unknown; the message names the argument.
+        ValueError: If shapes do not fit together, or the backend is unknown or cannot compute this; the message names
+            the argument.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
@@ -70,14 +76,14 @@ def aw_conv2d(
     geometry = _Geometry(geometry_stride, symmetric, geometry_dilation, groups)
 
     device_type = input.device.type
-    scale = 1 + attention if residual else attention
     # devices that autocast does not know, "meta" among them, must not be asked whether it is on
     available = torch.amp.is_autocast_available(device_type)
+    dtype = None
     if available and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        input, weight, scale = input.to(dtype), weight.to(dtype), scale.to(dtype)
+        input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    elif scale.dtype != weight.dtype:
+    elif attention.dtype != weight.dtype:
         raise ValueError(
             f"attention has dtype {attention.dtype} but weight has {weight.dtype}; cast one to the other's dtype"
         )
@@ -85,15 +91,28 @@ def aw_conv2d(
     if input.shape[0] == 0:
         # No backend can fold zero samples into groups. The plain convolution has the right shape, and the empty
         # sum keeps attention in the graph, so that it receives a gradient of zeros.
-        return F.conv2d(input, weight, bias, *geometry) + scale.sum()
+        return F.conv2d(input, weight, bias, *geometry) + attention.sum().to(weight.dtype)
 
-    kernels = _attended_kernels(weight, scale)
     if backend == "auto":
         backend = _fastest_backend(input, weight, geometry)
-    output = _BACKENDS[backend](input, kernels, geometry)
+    if backend == "fused":
+        reason = fused.unsupported(input)
+        if reason is not None:
+            raise ValueError(f"backend='fused' {reason}; choose 'grouped' or 'auto'")
+        if input.dtype != weight.dtype:
+            raise ValueError(
+                f"input has dtype {input.dtype} but weight has {weight.dtype}; cast one to the other's dtype"
+            )
+        output = fused.fused_aw_conv2d(
+            input, weight, attention.to(weight.dtype), *map(list, geometry[:3]), groups, residual
+        )
+    else:
+        scale = 1 + attention if residual else attention
+        kernels = _attended_kernels(weight, scale if dtype is None else scale.to(dtype))
+        output = _EXPANDING[backend](input, kernels, geometry)
     if bias is not None:
         output = output + bias[:, None, None]
-    if _is_channels_last(input):
+    if fused.is_channels_last(input):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
 
@@ -118,7 +137,8 @@ def _gemm(input: Tensor, kernels: Tensor, geometry: _Geometry) -> Tensor:
     """Patches as columns, multiplied by each sample's kernel as a matrix."""
     batch, out_channels, _, kh, kw = kernels.shape
     groups, dilation, padding, stride = geometry.groups, geometry.dilation, geometry.padding, geometry.stride
-    columns = F.unfold(input, (kh, kw), dilation=dilation, padding=padding, stride=stride)
+    unfold = _exportable_unfold if torch.compiler.is_exporting() else F.unfold
+    columns = unfold(input, (kh, kw), dilation, padding, stride)
     height, width = (
         (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
         for size, pad, dil, kernel, step in zip(input.shape[2:], padding, dilation, (kh, kw), stride, strict=True)
@@ -128,23 +148,39 @@ def _gemm(input: Tensor, kernels: Tensor, geometry: _Geometry) -> Tensor:
     return torch.matmul(matrices, columns).reshape(batch, out_channels, height, width)
 
 
-_BACKENDS: dict[str, _Backend] = {"grouped": _grouped, "gemm": _gemm}
-BACKENDS: tuple[str, ...] = ("auto", *_BACKENDS)
+def _exportable_unfold(
+    input: Tensor,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int],
+    stride: tuple[int, int],
+) -> Tensor:
+    """``F.unfold`` as a convolution with kernels of one 1 each, which gives the same numbers.
+
+    An exported ``F.unfold`` is a dozen operations on indices.
+    """
+    channels, elements = input.shape[1], math.prod(kernel_size)
+    picks = torch.eye(elements, dtype=input.dtype, device=input.device).view(elements, 1, *kernel_size)
+    return F.conv2d(input, picks.repeat(channels, 1, 1, 1), None, stride, padding, dilation, channels).flatten(2)
+
+
+# what holds the kernels of all samples at once
+_EXPANDING: dict[str, _Expanding] = {"grouped": _grouped, "gemm": _gemm}
+BACKENDS: tuple[str, ...] = ("auto", *_EXPANDING, "fused")
 
 
 def _fastest_backend(input: Tensor, weight: Tensor, geometry: _Geometry) -> str:
     if torch.compiler.is_exporting():
         return "gemm"  # the number of groups of an exported convolution cannot follow the batch
-    if input.device.type != "cpu":
-        return "grouped"  # a guess: no GPU has been measured
-    # "grouped" rewrites every sample's kernel, "gemm" every sample's patches. On a 2-core AMD EPYC with 32 MiB of cache
-    # (torch 2.15, float32) "gemm" was mostly the faster one, up to twice as fast, where a kernel is no smaller than the
-    # patches and the batch's kernels fill half the cache; elsewhere "grouped" was, or the two were near each other.
-    batch, _, height, width = input.shape
-    pixels = (height // geometry.stride[0]) * (width // geometry.stride[1])
-    if weight.shape[0] >= geometry.groups * pixels and batch * weight.numel() >= 2**22:
-        return "gemm"
-    return "grouped"
+    if input.device.type == "cuda":
+        # A guess, since no GPU has been measured. A tile of Triton's holds 16 channels at least: groups of fewer would
+        # leave most of it empty.
+        channels = min(weight.shape[0] // geometry.groups, weight.shape[1])
+        return "fused" if channels >= 16 and fused.unsupported(input) is None else "grouped"
+    # On an AMD EPYC with 32 MiB of cache (torch 2.15, float32, batch 16) "fused" was as fast as "grouped" at 128
+    # channels (9 MiB of kernels), and two and four times as fast at 256 and 512, in a quarter to a tenth of the memory;
+    # at 64 channels (2 MiB) "grouped" was faster by a tenth. "gemm" was slower than "fused" throughout.
+    return "fused" if input.shape[0] * weight.numel() * weight.element_size() >= 2**22 else "grouped"
 
 
 def _check_shapes(input: Tensor, weight: Tensor, attention: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -208,8 +244,3 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
         return (value[0], value[0])
     height, width = value
     return (height, width)
-
-
-def _is_channels_last(input: Tensor) -> bool:
-    # a tensor with one channel or one pixel is contiguous in both formats: it counts as channels first
-    return input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()

@@ -1,0 +1,280 @@
+"""Backend "fused": its operator and its two ways on a CPU, and, in processes of their own, its Triton kernels.
+
+test_functional.py and test_aw_conv.py hold every backend, this one included, against the oracle; here the CPU's ways
+are forced, whatever the size, and what only this backend promises is tested.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from oracle import unfolded_aw_conv
+from torch._subclasses import FakeTensorMode
+
+from awconv.analysis.benchmark import peak_memory
+from awconv.layers import aw_conv2d, functional, fused, fused_cpu
+
+
+@pytest.fixture(params=["by sample", "by chunk", "by sample, in blocks"])
+def way(request, monkeypatch):
+    """Each way of computing on a CPU, with kernels of any size, and chunks of a sample or two."""
+    monkeypatch.setattr(fused_cpu, "_LARGE_KERNEL", math.inf if request.param == "by chunk" else 0)
+    monkeypatch.setattr(fused_cpu, "_CHUNK_OF_KERNELS", 4000)
+    if request.param == "by sample, in blocks":
+        monkeypatch.setattr(fused_cpu, "_BLOCK_OF_KERNEL", 1)
+    return request.param
+
+
+def tensors(samples, in_channels, out_channels, kernel, groups, share, size, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    channels = in_channels // groups
+    shapes = [
+        (samples, in_channels, *size),
+        (out_channels, channels, *kernel),
+        (samples, out_channels, channels // share, *kernel),
+    ]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+# channels in and out, kernel, groups, share, size; stride, padding, dilation
+CASES = [
+    ((12, 8, (3, 3), 1, 4, (7, 5)), (1, 1, 1)),
+    ((12, 8, (3, 2), 2, 3, (7, 6)), ((2, 1), (1, 2), (1, 2))),
+    ((4, 8, (5, 5), 4, 1, (6, 7)), (2, 2, 1)),
+    ((6, 4, (1, 1), 1, 6, (3, 1)), (1, 0, 1)),
+    ((4, 4, (2, 4), 1, 2, (5, 6)), (1, "same", 1)),
+    ((4, 2, (3, 3), 2, 2, (2, 2)), (3, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["first", "last"])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(("shape", "geometry"), CASES)
+def test_output_and_gradients(shape, geometry, residual, memory_format, way):
+    values = tensors(3, *shape)
+    arguments = (*geometry, shape[3])
+    leaves = [v.clone().requires_grad_() for v in values]
+    wanted = aw_conv2d(*leaves, None, *arguments, residual=residual, backend="gemm")
+    expected = unfolded_aw_conv(*(v.numpy() for v in values), None, *arguments, residual)
+    values[0] = values[0].contiguous(memory_format=memory_format)
+    for value in values:
+        value.requires_grad_()
+    output = aw_conv2d(*values, None, *arguments, residual=residual, backend="fused")
+    np.testing.assert_allclose(output.detach().numpy(), expected, rtol=1e-11, atol=1e-11)
+    gradient = torch.randn_like(output)
+    got = torch.autograd.grad(output, values, gradient)
+    for a, b in zip(got, torch.autograd.grad(wanted, leaves, gradient), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    if min(values[0].shape[1:]) > 1:
+        assert output.is_contiguous(memory_format=memory_format)
+        assert got[0].is_contiguous(memory_format=memory_format)
+
+
+def test_derivatives_against_finite_differences(way):
+    values = [v.requires_grad_() for v in tensors(2, 4, 4, (2, 3), 2, 2, (3, 4))]
+
+    def function(*values):
+        return aw_conv2d(*values, None, (2, 1), 1, 1, 2, backend="fused")
+
+    assert torch.autograd.gradcheck(function, values)
+    assert torch.autograd.gradgradcheck(function, values)
+
+
+@pytest.mark.parametrize("frozen", range(3))
+def test_second_derivatives_where_a_part_is_frozen(frozen):
+    values = tensors(2, 4, 4, (2, 3), 2, 2, (3, 4))
+    leaves = [v.requires_grad_() for index, v in enumerate(values) if index != frozen]
+
+    def function(*leaves):
+        return aw_conv2d(*values, None, 1, 1, 1, 2, backend="fused")
+
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_sums_over_samples_in_float32(dtype, way):
+    """The gradient of 512 samples: bfloat16 alone would count to 256."""
+    image = torch.ones(512, 2, 2, 2, dtype=dtype)
+    weight = torch.ones(2, 2, 1, 1, dtype=dtype, requires_grad=True)
+    attention = torch.zeros(512, 2, 1, 1, 1, dtype=dtype)
+    aw_conv2d(image, weight, attention, backend="fused").sum().backward()
+    assert weight.grad.dtype == dtype
+    assert (weight.grad == 512 * 4).all()
+
+
+@pytest.mark.parametrize("channels", [32, 256], ids=["by chunk", "by sample"])
+def test_memory_does_not_grow_by_the_samples_kernels(channels):
+    """Of any layer: what more samples need is less than their kernels by far."""
+
+    def peaks(samples):
+        values = tensors(samples, channels, channels, (3, 3), 1, 16, (2, 2), dtype=torch.float32)
+        leaves = [v.requires_grad_() for v in values]
+        gradient = torch.ones_like(values[0])
+
+        def forward():
+            return aw_conv2d(*leaves, None, 1, 1, backend="fused")
+
+        forward()
+        return peak_memory(forward), peak_memory(lambda: torch.autograd.grad(forward(), leaves, gradient))
+
+    few, many = (256, 512) if channels == 32 else (4, 12)
+    kernels = (many - few) * channels * channels * 9 * 4
+    for before, after in zip(peaks(few), peaks(many), strict=True):
+        assert after - before < kernels / 4
+
+
+def test_operator_keeps_its_contracts(way):
+    image, weight, attention = (v.requires_grad_() for v in tensors(2, 4, 4, (2, 3), 2, 2, (3, 4)))
+    geometry = ([1, 2], [1, 1], [1, 1], 2, True)
+    torch.library.opcheck(fused.fused_aw_conv2d, (image, weight, attention, *geometry))
+    gradient = torch.randn(2, 4, 4, 2, dtype=torch.float64, requires_grad=True)
+    arguments = (gradient, image, weight, attention, *geometry)
+    torch.library.opcheck(fused.fused_aw_conv2d_backward, (*arguments, True, True))
+    # a part that is not wanted has no gradient, which one of the checks would ask for
+    for wants in ((True, False), (False, True)):
+        torch.library.opcheck(
+            fused.fused_aw_conv2d_backward,
+            (*(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments), *wants),
+        )
+
+
+def test_too_small_an_input_is_told_in_one_line():
+    for device in ("cpu", "meta"):
+        values = [v.to(device) for v in tensors(1, 4, 4, (3, 3), 1, 2, (2, 5))]
+        with pytest.raises(ValueError, match="2x5") as error:
+            aw_conv2d(*values, backend="fused")
+        assert "3x3" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "triton", "told"),
+    [
+        ("cuda", torch.float32, False, "Triton"),
+        ("cuda", torch.float64, True, "float64"),
+        ("xpu", torch.float32, True, "xpu"),
+    ],
+)
+def test_what_cannot_be_computed_is_told_in_one_line(device, dtype, triton, told, monkeypatch):
+    monkeypatch.setattr(fused, "HAS_TRITON", triton)
+    reason = fused.unsupported(SimpleNamespace(device=torch.device(device), dtype=dtype))
+    assert told in reason
+    monkeypatch.setattr(fused, "unsupported", lambda input: reason)
+    with pytest.raises(ValueError, match="backend='fused'") as error:
+        aw_conv2d(*tensors(1, 4, 4, (3, 3), 1, 2, (5, 5)), backend="fused")
+    assert "\n" not in str(error.value)
+    assert "grouped" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "dtype", "triton", "chosen"),
+    [
+        ("cuda", (2, 32, 64, (3, 3), 1, 16, (4, 4)), torch.float32, True, "fused"),
+        ("cuda", (2, 32, 64, (3, 3), 1, 16, (4, 4)), torch.bfloat16, True, "fused"),
+        ("cuda", (2, 32, 64, (3, 3), 1, 16, (4, 4)), torch.float64, True, "grouped"),
+        ("cuda", (2, 32, 64, (3, 3), 1, 16, (4, 4)), torch.float32, False, "grouped"),
+        ("cuda", (2, 32, 64, (3, 3), 8, 4, (4, 4)), torch.float32, True, "grouped"),
+        ("cpu", (2, 32, 64, (3, 3), 1, 16, (4, 4)), torch.float32, True, "grouped"),
+        ("cpu", (64, 32, 64, (3, 3), 1, 16, (4, 4)), torch.float32, True, "fused"),
+    ],
+)
+def test_auto(device, shape, dtype, triton, chosen, monkeypatch):
+    monkeypatch.setattr(fused, "HAS_TRITON", triton)
+    with FakeTensorMode():
+        image = torch.empty(shape[0], shape[1], *shape[6], device=device, dtype=dtype)
+        weight = torch.empty(shape[2], shape[1] // shape[4], *shape[3], device=device, dtype=dtype)
+    geometry = functional._Geometry((1, 1), (1, 1), (1, 1), shape[4])
+    assert functional._fastest_backend(image, weight, geometry) == chosen
+
+
+# --- the kernels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_fused_kernels.py runs on the GPU by itself")
+def test_kernels_through_tritons_interpreter():
+    pytest.importorskip("triton")
+    file = Path(__file__).with_name("test_fused_kernels.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 30
+
+
+def compiled(kernel, arguments, constants, tiles, capability):
+    """Compiles ``kernel`` for a GPU that need not be there, for arguments as Triton would specialise it."""
+    import triton
+
+    names = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+    options = {key: tiles.pop(key) for key in ("num_warps", "num_stages")}
+    constants = {**constants, **tiles}
+    signature, values, attributes = {}, {}, {}
+
+    def kind(path, value):
+        if value == 1:
+            values[path] = 1
+            return "constexpr"
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32"
+
+    given = iter(arguments)
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+            continue
+        argument = next(given)
+        if isinstance(argument, torch.Tensor):
+            signature[name], attributes[(index,)] = names[argument.dtype], [["tt.divisibility", 16]]
+        elif isinstance(argument, tuple):
+            signature[name] = tuple(kind((index, position), value) for position, value in enumerate(argument))
+        else:
+            signature[name] = kind((index,), argument)
+    source = triton.compiler.ASTSource(kernel, signature, values, attributes)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_compile_for_gpus_that_are_not_here(dtype, capability, tmp_path, monkeypatch):
+    """The interpreter takes much that a compiler refuses. It also shows that tensor cores are used."""
+    pytest.importorskip("triton")
+    if "TRITON_INTERPRET" in os.environ:
+        pytest.skip("interprets")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from awconv.layers import fused_triton
+
+    seen = []
+
+    def compile_instead(self, kernel, programs, sizes, *more, warps=None, **fixed):
+        tiles = {**fused_triton._default_tiles(sizes, dtype), **fixed}
+        tiles["num_warps"] = warps or tiles["num_warps"]
+        constants = {"SIZES": tuple(sizes), **self.constants, "PRECISION": "tf32"}
+        binary = compiled(kernel, (*self.arguments, *more), constants, tiles, capability)
+        seen.append((kernel.fn.__name__, binary.asm["ptx"]))
+        assert binary.asm["cubin"]
+
+    monkeypatch.setattr(fused_triton._Problem, "launch", compile_instead)
+    monkeypatch.setattr(fused_triton, "_programs_wanted", lambda device: 400)
+    image, weight, attention = tensors(16, 64, 64, (3, 3), 1, 16, (14, 14), dtype=dtype)
+    image = image.contiguous(memory_format=torch.channels_last)
+    geometry = ([1, 1], [1, 1], [1, 1], 1, True)
+    output = torch.empty_like(image)
+    fused_triton.forward(image, weight, attention, output, *geometry)
+    fused_triton.gradients(image, weight, attention, output, torch.empty_like(image), True, *geometry)
+    assert [name for name, _ in seen] == ["_forward_kernel", "_input_gradient_kernel", "_kernel_gradients_kernel"]
+    assert all("mma" in ptx for _, ptx in seen)
