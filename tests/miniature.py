@@ -1,6 +1,7 @@
 """Miniature data sets in the on-disk formats of the real ones; used as fixtures, and in subprocesses as functions."""
 
 import hashlib
+import json
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,3 +133,99 @@ def make_picture_folder(root: str | Path, count: int = 5) -> Path:
         picture.convert(mode).save(path)
     (folder / "notes.txt").write_text("no picture")
     return folder
+
+
+# sparse ids in no order, as COCO's 80 categories have ids up to 90
+COCO_CATEGORIES = {44: "bottle", 1: "person", 90: "toothbrush", 3: "car", 18: "dog"}
+# width, height and file name of each picture in turn
+_COCO_PICTURES = [
+    (96, 64, "{:012}.jpg"),
+    (60, 90, "{:012}.jpg"),
+    (80, 80, "{:012}.png"),
+    (72, 96, "{:012} grey.jpg"),
+    (100, 56, "{:012} grey.png"),
+]
+
+
+def make_coco(root: str | Path, train: int = 12, val: int = 7, test: int = 3) -> Path:
+    """Write a miniature COCO 2017 with its oddities and return `root`.
+
+    Pictures are wide, tall and square, in colour and grey, JPEG and PNG; an object is a rectangle in the colour of its
+    category. In ``train`` and ``val`` each, for those present: picture 1 (counted from 0) has no annotations, picture
+    2 one crowd alone, as RLE, and picture 3 an object and a crowd around it; picture 4 has a box that reaches 10 pixels
+    out of the picture and one of no width, and picture 5 one that reaches 0.4 pixels out. ``test`` comes with
+    ``image_info_test2017.json``, which has images and categories alone.
+    """
+    colours = {number: np.random.default_rng(number).integers(0, 256, 3) for number in COCO_CATEGORIES}
+    numbers = sorted(COCO_CATEGORIES)
+    annotations_folder = Path(root) / "annotations"
+    annotations_folder.mkdir(parents=True, exist_ok=True)
+    for split, count in (("train", train), ("val", val), ("test", test)):
+        folder = Path(root) / f"{split}2017"
+        folder.mkdir()
+        rng = np.random.default_rng(len(split) + count)
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for index in range(count):
+            width, height, name = _COCO_PICTURES[index % len(_COCO_PICTURES)]
+            # neither consecutive nor in the order of the file
+            image_id = 581929 - 7919 * index + len(split)
+            name = name.format(image_id)
+            images.append({"id": image_id, "width": width, "height": height, "file_name": name, "license": 1})
+            pixels = rng.integers(90, 166, size=(height, width, 3)).astype(np.uint8)
+            for x, y, w, h, category, iscrowd in _coco_objects(rng, index, width, height, numbers):
+                left, top = round(x), round(y)
+                pixels[top : round(y + h), left : round(x + w)] = colours[category] // (2 if iscrowd else 1)
+                annotation = {
+                    "id": 900000 + 17 * len(annotations) + index,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": [x, y, w, h],
+                    "area": round(w * h * 0.7, 4),
+                    "iscrowd": iscrowd,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h]],
+                }
+                if iscrowd:
+                    runs = [height * left, height, height * (width - left - 1)]
+                    annotation["segmentation"] = {"size": [height, width], "counts": runs}
+                annotations.append(annotation)
+            picture = PIL.Image.fromarray(pixels)
+            options = {} if name.endswith("png") else {"quality": 95}
+            picture.convert("L" if "grey" in name else "RGB").save(folder / name, **options)
+        # the annotations of one picture do not lie together in COCO's files
+        annotations = [annotations[place] for place in rng.permutation(len(annotations))]
+        content: dict[str, Any] = {"info": {"year": 2017}, "licenses": [{"id": 1}], "images": images}
+        content["categories"] = [
+            {"id": number, "name": name, "supercategory": "thing"} for number, name in COCO_CATEGORIES.items()
+        ]
+        if split != "test":
+            content["annotations"] = annotations
+        file = f"image_info_{split}2017.json" if split == "test" else f"instances_{split}2017.json"
+        (annotations_folder / file).write_text(json.dumps(content))
+    return Path(root)
+
+
+def _coco_objects(
+    rng: np.random.Generator, index: int, width: int, height: int, numbers: list[int]
+) -> list[tuple[float, float, float, float, int, int]]:
+    """x, y, width, height, category and iscrowd of the objects of a picture of :func:`make_coco`."""
+
+    def somewhere() -> tuple[float, float, float, float]:
+        w, h = rng.uniform(0.25, 0.45, 2) * (width, height)
+        return tuple(float(round(value, 2)) for value in (*rng.uniform(0, 1, 2) * (width - w, height - h), w, h))
+
+    if index == 1:
+        return []
+    if index == 2:
+        return [(5.0, 8.0, 40.0, 30.0, numbers[0], 1)]
+    category = numbers[index % len(numbers)]
+    objects = [(*somewhere(), category, 0)]
+    if index == 3:
+        objects.insert(0, (2.0, 2.0, width - 4.0, height - 4.0, category, 1))
+    elif index == 4:
+        objects += [(width - 20.0, 3.0, 30.0, 20.0, numbers[0], 0), (30.0, 20.0, 0.0, 12.5, numbers[1], 0)]
+    elif index == 5:
+        objects.append((width - 19.6, 4.25, 20.0, 24.0, numbers[2], 0))
+    elif index % 2:
+        objects.append((*somewhere(), numbers[(index + 2) % len(numbers)], 0))
+    return objects

@@ -467,7 +467,8 @@ def test_processes_share_training_and_evaluation(world, size):
     def rank_module(rank):
         module = Sized(batch_size=2, augment="none")
         strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: 77)
-        module.trainer = SimpleNamespace(world_size=world, global_rank=rank, strategy=strategy)
+        fresh = SimpleNamespace(restarted_mid_epoch=False)
+        module.trainer = SimpleNamespace(world_size=world, global_rank=rank, strategy=strategy, fit_loop=fresh)
         return module
 
     modules = [rank_module(rank) for rank in range(world)]

@@ -40,7 +40,7 @@ def test_torchvision_resnet18_computes_the_same_in_timm(tmp_path):
     theirs = lived_in(torchvision.models.resnet18(num_classes=9))
     torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
     ours = create_backbone("resnet18", num_classes=9)
-    report = load_initial_weights(ours, tmp_path / "resnet18.pth")
+    report = load_initial_weights(ours, tmp_path / "resnet18.pth").text
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours.eval()(x), theirs(x))
     assert "122 of 122 tensors" in report
@@ -68,7 +68,7 @@ LAYOUTS = {
 def test_layouts_of_checkpoints(source, tmp_path, layout):
     torch.save(LAYOUTS[layout](source.state_dict()), tmp_path / "file.ckpt")
     network = create_backbone("resnet20", num_classes=5)
-    report = load_initial_weights(network, str(tmp_path / "file.ckpt"))
+    report = load_initial_weights(network, str(tmp_path / "file.ckpt")).text
     for key, value in network.state_dict().items():
         assert torch.equal(value, source.state_dict()[key]), key
     assert "\n" not in report
@@ -106,7 +106,7 @@ def test_files_from_before_batch_counters(source, tmp_path):
 def test_plain_file_into_aw_network_preserves_the_function(source, tmp_path, residual, zero_init):
     torch.save(source.state_dict(), tmp_path / "plain.pth")
     network = create_backbone("resnet20", num_classes=5, aw={"residual": residual, "zero_init": zero_init})
-    report = load_initial_weights(network, tmp_path / "plain.pth")
+    report = load_initial_weights(network, tmp_path / "plain.pth").text
     torch.testing.assert_close(network.eval()(images()), source(images()), rtol=1e-4, atol=1e-5)
     assert "18 AW layers start function-preserving" in report
     layer = network.layer1[0].conv1
@@ -143,7 +143,7 @@ def test_aw_file_into_aw_network_is_exact(tmp_path):
     source = lived_in(create_backbone("resnet20", aw=True, num_classes=5))
     torch.save({"state_dict": {f"network.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "aw.ckpt")
     network = create_backbone("resnet20", aw=True, num_classes=5)
-    report = load_initial_weights(network, tmp_path / "aw.ckpt")
+    report = load_initial_weights(network, tmp_path / "aw.ckpt").text
     for key, value in network.state_dict().items():
         assert torch.equal(value, source.state_dict()[key]), key
     assert "function-preserving" not in report
@@ -155,7 +155,7 @@ def test_classifier_of_other_classes_keeps_its_initialisation(tmp_path, name, he
     torch.save(source.state_dict(), tmp_path / "five.pth")
     network = create_backbone(name, num_classes=3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    report = load_initial_weights(network, tmp_path / "five.pth")
+    report = load_initial_weights(network, tmp_path / "five.pth").text
     for key, value in network.state_dict().items():
         expected = before if key.startswith(f"{head}.") else source.state_dict()
         assert torch.equal(value, expected[key]), key

@@ -304,6 +304,46 @@ def test_resume_equals_the_uninterrupted_run(tmp_path, options):
     assert resumed.global_step == run.global_step == 20
 
 
+class Dropping(TinyTask):
+    """A network that draws random numbers while it trains."""
+
+    def build_network(self) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(12, CLASSES))
+
+
+@pytest.mark.parametrize("workers_draw", [False, True])
+def test_dropout_of_a_resumed_run_is_that_of_the_uninterrupted_one(tmp_path, workers_draw):
+    class Noisy(L.Callback):
+        def on_train_batch_start(self, *args):
+            if workers_draw:  # whatever else draws from the generator between the steps
+                torch.rand(3)
+
+    def fit(*callbacks, **options) -> Dropping:
+        L.seed_everything(7)
+        module = Dropping("tiny", num_classes=CLASSES, lr=0.5)
+        trainer(tmp_path, *callbacks).fit(module, Data(), **options)
+        return module
+
+    whole = fit(Noisy())
+    fit(Order(stop_after=10), L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True))
+    resumed = fit(Noisy(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(flat(whole), flat(resumed))
+
+
+def test_each_step_draws_numbers_of_its_own(tmp_path):
+    drawn = []
+
+    class Recording(Dropping):
+        def forward(self, images):
+            drawn.append(torch.rand(4))
+            return super().forward(images)
+
+    L.seed_everything(7)
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0).fit(Recording("tiny", num_classes=CLASSES, lr=0.5), Data())
+    assert len(drawn) == 5
+    assert len({tuple(row.tolist()) for row in drawn}) == 5
+
+
 def resumed_optimizer(tmp_path, before: dict, after: dict, max_epochs: int = 4):
     checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
     trainer(tmp_path, Order(stop_after=10), checkpoint).fit(task(**before), Data())

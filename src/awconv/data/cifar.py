@@ -11,7 +11,8 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 
-from awconv.data.classification import ClassificationDataModule, Split, Transform
+from awconv.data.base import Split, Transform
+from awconv.data.classification import ClassificationDataModule
 from awconv.data.loading import MapDataset
 from awconv.errors import InputError, require, require_int
 

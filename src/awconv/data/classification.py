@@ -1,43 +1,23 @@
-"""The base of every classification data module: loaders, transforms, mixing, and a folder to predict."""
+"""The base of every classification data module: transforms of pictures, and mixing of batches."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import PIL.Image
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torchvision.transforms import v2
 
-from awconv.data.loading import (
-    EvaluationSampler,
-    EvaluationSet,
-    Loader,
-    MapDataset,
-    TrainingSampler,
-    TrainingSet,
-    collate,
-    seeded,
-)
-from awconv.data.pictures import EXTENSIONS, PictureDataset, eight_bits, find_pictures
-from awconv.errors import InputError, is_number, require, require_int, require_number
+from awconv.data.base import BaseDataModule, Split, Transform
+from awconv.data.loading import MapDataset, collate, seeded
+from awconv.data.pictures import eight_bits
+from awconv.errors import is_number, require, require_int, require_number
 
 Augment: TypeAlias = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
-Split: TypeAlias = Literal["train", "val", "test"]
-Transform: TypeAlias = Callable[[Any], Any]
 BatchTransform: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": ("predict",),
-    None: ("train", "val", "test"),
-}
 
-
-class ClassificationDataModule(LightningDataModule):
+class ClassificationDataModule(BaseDataModule):
     """Base class of the classification data modules.
 
     A data set of your own needs the names of its classes and a method that returns its three splits, each a
@@ -92,7 +72,6 @@ class ClassificationDataModule(LightningDataModule):
         InputError: An argument is of the wrong type or out of its range.
     """
 
-    in_channels: int = 3
     # of ImageNet's training pictures, as torchvision's reference training has them
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -113,33 +92,22 @@ class ClassificationDataModule(LightningDataModule):
         predict_dir: str | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, num_workers=num_workers, predict_dir=predict_dir, seed=seed)
         require_int("image_size", image_size, "a whole number of pixels, at least 1", low=1)
-        require_int("batch_size", batch_size, "a whole number, at least 1", low=1)
-        require_int("num_workers", num_workers, "a whole number, 0 or more", low=0)
         require(augment in get_args(Augment), "augment", augment, f"one of {', '.join(get_args(Augment))}")
         require_number("random_erasing", random_erasing, "a probability between 0 and 1", low=0, high=1)
         require_number("mixup_alpha", mixup_alpha, "a number, 0 (off) or more", low=0)
         require_number("cutmix_alpha", cutmix_alpha, "a number, 0 (off) or more", low=0)
-        require_int("seed", seed, "a whole number from 0 to 4294967295", low=0, high=2**32 - 1)
         if mean is not None:
             self.mean = self._per_channel("mean", mean, "a number")
         if std is not None:
             self.std = self._per_channel("std", std, "a number above 0")
             require(min(self.std) > 0, "std", std, "a number above 0 for every channel")
-        # The logger gets none of them: Lightning refuses to log a name that the model has too with another
-        # value, and `class_names` or `image_size` of a model may well differ.
-        self.save_hyperparameters(logger=False)
         self.image_size = image_size
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.augment = augment
         self.random_erasing = random_erasing
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
-        self.predict_dir = predict_dir
-        self.seed = seed
-        self._datasets: dict[str, MapDataset] = {}
         self._batch_transforms: list[BatchTransform] | None = None
 
     def _per_channel(self, argument: str, values: Any, each: str) -> tuple[float, ...]:
@@ -149,21 +117,20 @@ class ClassificationDataModule(LightningDataModule):
 
     # ---- what a data set of one's own supplies
 
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes, in the order of their indices."""
-        raise NotImplementedError(f"{type(self).__name__} has to define class_names")
-
     def load(self, split: Split, transform: Transform) -> MapDataset:
         """Return one split as a map-style data set of (``transform(picture)``, class index)."""
         raise NotImplementedError(f"{type(self).__name__} has to define load(split, transform)")
 
-    # ---- transforms
+    def load_split(self, split: Split) -> MapDataset:
+        """Return one split with its transform; see :meth:`load`."""
+        return self.load(split, self.train_transform() if split == "train" else self.eval_transform())
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+    @staticmethod
+    def collate(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Any, Any]:
+        """Stack the samples of a batch."""
+        return collate(samples)
+
+    # ---- transforms
 
     def train_geometry(self) -> list[Transform]:
         """Transforms of a training picture (uint8 image) that end in `image_size`: a shifted crop and a flip."""
@@ -205,7 +172,7 @@ class ClassificationDataModule(LightningDataModule):
     def _transform(self, on_bytes: list[Transform], on_floats: list[Transform] | None = None) -> Transform:
         compose: Transform = v2.Compose(
             [
-                _ToImage(self.in_channels),
+                ToImage(self.in_channels),
                 *on_bytes,
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(list(self.mean), list(self.std)),
@@ -238,106 +205,25 @@ class ClassificationDataModule(LightningDataModule):
                 batch = transform(*batch)
         return batch
 
-    # ---- loaders
 
-    def setup(self, stage: str | None = None) -> None:
-        """Build the data sets of a stage, so that what is wrong with the data is said before anything runs."""
-        for split in _SPLITS_OF_STAGE[stage]:
-            self._dataset(split)
-
-    def train_dataloader(self) -> Loader:
-        """Shuffled, augmented batches."""
-        dataset = self._dataset("train")
-        seed = torch.initial_seed()
-        if self.trainer is not None:
-            # every process has to shuffle alike, also in a run that nobody seeded
-            seed = self.trainer.strategy.broadcast(seed)
-        rank, processes = self._place()
-        # torch adds the epoch to the sampler's seed, and takes 64 bits in all
-        sampler = TrainingSampler(dataset, processes, rank, seed=seed % 2**62)  # type: ignore[arg-type]
-        return self._loader(
-            TrainingSet(dataset, seed),
-            sampler=sampler,
-            drop_last=len(sampler) >= self.batch_size,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def val_dataloader(self) -> Loader:
-        """Batches of the validation set."""
-        return self._evaluation_loader("val", persistent_workers=self.num_workers > 0)
-
-    def test_dataloader(self) -> Loader:
-        """Batches of the test set."""
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> Loader:
-        """Batches of the pictures below `predict_dir`, each picture with its path."""
-        return self._evaluation_loader("predict")
-
-    def _evaluation_loader(self, split: str, **options: Any) -> Loader:
-        dataset = self._dataset(split)
-        rank, processes = self._place()
-        sampler = EvaluationSampler(dataset, processes, rank) if processes > 1 else None
-        return self._loader(EvaluationSet(dataset), sampler=sampler, **options)
-
-    def _loader(self, dataset: Any, **options: Any) -> Loader:
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return Loader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=on_gpu,
-            **options,
-        )
-
-    def _place(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
-
-    def _dataset(self, split: str) -> MapDataset:
-        if split not in self._datasets:
-            if split == "predict":
-                dataset = self._pictures_to_predict()
-            elif split == "train":
-                dataset = self.load("train", self.train_transform())
-            else:
-                dataset = self.load("val" if split == "val" else "test", self.eval_transform())
-            if len(dataset) == 0:
-                raise InputError(f"{type(self).__name__}: the {split} split holds no samples")
-            self._datasets[split] = dataset
-        return self._datasets[split]
-
-    def _pictures_to_predict(self) -> MapDataset:
-        folder = self.predict_dir
-        remedy = "name a folder of pictures with --data.predict_dir FOLDER"
-        require(folder is not None, "predict_dir", folder, f"a folder of pictures to predict; {remedy}")
-        assert folder is not None
-        require(os.path.isdir(folder), "predict_dir", folder, f"a folder, and there is none; {remedy}")
-        paths = find_pictures(folder)
-        found = f"pictures ({', '.join(EXTENSIONS)}), and there are none in it or below; {remedy}"
-        require(bool(paths), "predict_dir", folder, found)
-        return PictureDataset(paths, None, self.predict_transform())
-
-
-class _ToImage:
+class ToImage:
     """Turns a picture, PIL image or tensor (C, H, W), into an image of the wanted number of channels.
 
     Between grey and RGB it converts; any other number of channels is for the data set to supply.
     """
 
     def __init__(self, channels: int) -> None:
-        self._channels = channels
+        self.channels = channels
 
     def __call__(self, picture: Any) -> Tensor:
-        to_grey = self._channels == 1
-        convertible = self._channels in (1, 3)
+        """Gives the picture as an image (channels, H, W)."""
+        to_grey = self.channels == 1
+        convertible = self.channels in (1, 3)
         if isinstance(picture, PIL.Image.Image) and convertible:
             picture = eight_bits(picture, "L" if to_grey else "RGB", getattr(picture, "filename", "") or "a picture")
         image: Tensor = v2.functional.to_image(picture)
         present = image.shape[-3]
-        if present == self._channels or not convertible:
+        if present == self.channels or not convertible:
             return image
         # the second of two channels and the fourth of four are transparency
         image = image[..., : 1 if present == 2 else 3, :, :]

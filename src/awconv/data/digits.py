@@ -10,12 +10,8 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from awconv.data.classification import (
-    BatchTransform,
-    ClassificationDataModule,
-    Split,
-    Transform,
-)
+from awconv.data.base import Split, Transform
+from awconv.data.classification import BatchTransform, ClassificationDataModule
 from awconv.data.loading import MapDataset
 from awconv.errors import require_int
 

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from torchvision.transforms import v2
 
-from awconv.data.classification import ClassificationDataModule, Split, Transform
+from awconv.data.base import Split, Transform
+from awconv.data.classification import ClassificationDataModule
 from awconv.data.loading import MapDataset
 from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
 from awconv.errors import InputError, require, require_int

@@ -7,15 +7,20 @@ share the work.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from awconv.errors import InputError
+
+Array: TypeAlias = npt.NDArray[Any]
 
 IGNORE_INDEX = -100
 """Target of a padding sample, which no metric and no loss may count (cross entropy's own default)."""
@@ -52,14 +57,63 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     The epoch travels with the index because workers that persist have no other way to learn of it. Lightning
     leaves a `DistributedSampler` alone and sets its epoch, so that a resumed run sees the order of the
     uninterrupted one; without a trainer the epoch counts the passes.
+
+    Attributes:
+        consumed: Called at the start of a pass; gives how many of this process's samples of that epoch were trained
+            on already, by the run that is resumed, and are left out.
     """
 
+    consumed: Callable[[], int] = staticmethod(lambda: 0)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
+        epoch, order = self.epoch, self.order()
+        self.epoch += 1
+        return ((epoch, index) for index in islice(order, self.consumed(), None))
+
+    def order(self) -> Iterator[int]:
+        """This process's samples of the present epoch, as indices."""
         # torch's sampler yields plain indices, whatever its type parameter says
         indices: Iterator[Any] = super().__iter__()
-        self.epoch += 1
-        return ((epoch, index) for index in indices)
+        return indices
+
+
+class GroupedSampler(TrainingSampler):
+    """Shuffles like :class:`TrainingSampler`, and then fills each batch with samples of one group.
+
+    The shuffled samples fall into one bucket per group, and a bucket is emptied into the order whenever it holds a
+    batch, counted over all processes, so that they have the same group at the same time. What is left in the buckets
+    comes last, as shuffled, so that no group is favoured where the last batch is dropped.
+
+    Args:
+        dataset: The samples.
+        num_replicas: Number of processes.
+        rank: Number of this process.
+        seed: Seed of the order.
+        groups: Group of each sample, whole numbers.
+        batch_size: Samples per batch and process.
+    """
+
+    def __init__(
+        self, dataset: Sized, num_replicas: int, rank: int, *, seed: int, groups: Array, batch_size: int
+    ) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self._groups = groups
+        self._batch = batch_size * num_replicas
+
+    def order(self) -> Iterator[int]:
+        """This process's samples of the present epoch, as indices."""
+        # torch's own shuffling and padding, which its class does not give away before it has taken the rank's share
+        shuffled = torch.randperm(len(self._groups), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        order = np.resize(shuffled.numpy(), self.total_size)
+        groups = self._groups[order]
+        # when a sample leaves its bucket: with the one that completes the batch
+        leaves = np.full(len(order), len(order))
+        for group in np.unique(groups):
+            bucket = np.flatnonzero(groups == group)
+            full = bucket[: len(bucket) - len(bucket) % self._batch]
+            leaves[full] = np.repeat(full[self._batch - 1 :: self._batch], self._batch)
+        order = order[np.argsort(leaves, kind="stable")]
+        return iter(order[self.rank :: self.num_replicas].tolist())
 
 
 class TrainingSet(Dataset[Any]):
@@ -96,8 +150,8 @@ class EvaluationSampler(DistributedSampler[int]):
 class EvaluationSet(Dataset[Any]):
     """Samples of `dataset`; behind the last one stand padding samples, labelled as such.
 
-    A padding sample is a copy of the first picture, with target :data:`IGNORE_INDEX`, or path "" where the
-    label is a path.
+    A padding sample is a copy of the first picture: with path "" where the label is a path, with the first
+    picture's target, image id included, where the target is a dict, and else with target :data:`IGNORE_INDEX`.
     """
 
     def __init__(self, dataset: MapDataset) -> None:
@@ -110,6 +164,8 @@ class EvaluationSet(Dataset[Any]):
         if index < len(self.dataset):
             return self.dataset[index]
         image, label = self.dataset[0]
+        if isinstance(label, dict):
+            return image, label
         return image, "" if isinstance(label, str) else IGNORE_INDEX
 
 
@@ -130,7 +186,17 @@ class Loader(DataLoader[Any]):
     torch hands on an exception with the worker's traceback pasted into its message. Being a generator, the
     iteration also starts no worker before the first batch is asked for; Lightning calls ``iter`` before it
     tells the sampler the epoch of a resumed run, and workers started then would load the wrong samples.
+
+    The two methods by which Lightning knows a loader that can be resumed inside an epoch do nothing: where to go on
+    follows from Lightning's own count of batches, see :attr:`TrainingSampler.consumed`.
     """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Gives nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Needs nothing that was kept."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:

@@ -3,11 +3,13 @@
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 import torch
@@ -81,7 +83,7 @@ def read_picture(path: str | Path, upright: bool = False) -> Tensor:
     Raises:
         InputError: The file is missing, truncated, not a picture, or one of 32 bits per sample.
     """
-    try:
+    with _naming(path):
         encoded = np.fromfile(path, dtype=np.uint8)
         # torchvision decodes JPEG fastest. Its other decoders are left alone: a single wrong byte in a PNG
         # can crash the process.
@@ -97,6 +99,45 @@ def read_picture(path: str | Path, upright: bool = False) -> Tensor:
             turned = PIL.ImageOps.exif_transpose(picture) if upright else picture
             image: Tensor = F.pil_to_tensor(eight_bits(turned, "RGB", path))
             return image
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of a picture file in pixels; only the file's head is read.
+
+    Raises:
+        InputError: The file is missing or not a picture, or its EXIF orientation turns it, so that it has two sizes.
+    """
+    with _naming(path), PIL.Image.open(path) as picture:
+        orientation = _orientation(picture)
+        if orientation > 1:
+            remedy = "save it upright"
+            if picture.format != "TIFF":  # which PIL turns when it reads it
+                remedy = f"give its width and height as stored beside its file_name, or {remedy}"
+            raise InputError(
+                f"{path}: this picture is stored turned (EXIF orientation {orientation}) and its size is not given, "
+                f"so that nobody knows to which pixels its boxes belong; {remedy}"
+            )
+        return picture.height, picture.width
+
+
+def is_turned(path: str | Path) -> bool:
+    """Whether a picture's EXIF orientation says that it is stored turned or mirrored; only its head is read."""
+    with _naming(path), PIL.Image.open(path) as picture:
+        return _orientation(picture) > 1
+
+
+def _orientation(picture: PIL.Image.Image) -> int:
+    # to find a PNG's EXIF data, which may stand behind the pixels, PIL would decode the whole picture
+    if picture.format == "PNG" and "exif" not in picture.info:
+        return 1
+    return int(picture.getexif().get(PIL.ExifTags.Base.Orientation, 1))
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong with a picture file into an `InputError` that names it."""
+    try:
+        yield
     except InputError:
         raise
     except PIL.UnidentifiedImageError:

@@ -101,8 +101,8 @@ def create_backbone(
             ``attention`` not in all of its blocks), there is nothing to convert, an AW option does not fit a layer, or
             there are no pretrained weights.
     """
-    _check_choice("attention", attention, (None, *get_args(Attention)))
-    _check_choice("stem", stem, get_args(Stem))
+    check_choice("attention", attention, (None, *get_args(Attention)))
+    check_choice("stem", stem, get_args(Stem))
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
             raise InputError(f"{argument}={value} must be at least 1")
@@ -127,14 +127,14 @@ def create_backbone(
 def _create_timm(name: str, pretrained: bool, num_classes: int, in_channels: int) -> nn.Module:
     if not timm.is_model(name):
         raise InputError(
-            f"backbone={name!r} is unknown; {_nearest(name, timm.list_models())} "
+            f"backbone={name!r} is unknown; {nearest(name, timm.list_models())} "
             "(timm.list_models() lists the names; your own come from timm.models.register_model)"
         )
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_models(architecture, include_tags=True)]
     if tag and tag not in tags:
         raise InputError(
-            f"backbone={name!r}: {architecture} has no weights tagged {tag!r}; {_nearest(tag, tags)}, or use no tag"
+            f"backbone={name!r}: {architecture} has no weights tagged {tag!r}; {nearest(tag, tags)}, or use no tag"
         )
     if not pretrained:
         network = timm.create_model(name, num_classes=num_classes, in_chans=in_channels)
@@ -142,16 +142,16 @@ def _create_timm(name: str, pretrained: bool, num_classes: int, in_channels: int
         return network
     if not timm.models.is_model_pretrained(name):
         raise InputError(
-            f"pretrained=True: there are no pretrained weights of {name!r}; leave pretrained false, or give a file as "
-            "initial_weights"
+            f"pretrained=True (initial_weights: pretrained): there are no weights of {name!r}; leave it out, "
+            "or give a file as initial_weights"
         )
     try:
         network = timm.create_model(name, pretrained=True, num_classes=num_classes, in_chans=in_channels)
     except Exception as error:  # the hub client, its HTTP library and urllib each raise their own kinds
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"pretrained=True: the weights of {name!r} could not be fetched ({type(error).__name__}: {reason}); "
-            "check the network and the proxy, or give a file as initial_weights"
+            f"pretrained=True (initial_weights: pretrained): the weights of {name!r} could not be fetched "
+            f"({type(error).__name__}: {reason}); check the network and the proxy, or give a file as initial_weights"
         ) from error
     assert isinstance(network, nn.Module)
     return network
@@ -169,7 +169,7 @@ def _aw_options(aw: bool | Mapping[str, Any] | None, pretrained: bool) -> dict[s
     known += ["include", "exclude", "preserve_function"]
     for key in options:
         if key not in known:
-            raise InputError(f"aw has no option {key!r}; {_nearest(str(key), known, choices=True)}")
+            raise InputError(f"aw has no option {key!r}; {nearest(str(key), known, choices=True)}")
     return options
 
 
@@ -271,14 +271,15 @@ def _is_strided(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and max(module.stride) > 1
 
 
-def _check_choice(argument: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+def check_choice(argument: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    """Raises an :class:`InputError` that names what is near, unless ``value`` is one of ``choices``."""
     if value not in choices:
         names = [choice for choice in choices if choice is not None]
         none = ", or null" if None in choices else ""
-        raise InputError(f"{argument}={value!r} is unknown; {_nearest(str(value), names, choices=True)}{none}")
+        raise InputError(f"{argument}={value!r} is unknown; {nearest(str(value), names, choices=True)}{none}")
 
 
-def _nearest(name: str, known: Iterable[str], choices: bool = False) -> str:
+def nearest(name: str, known: Iterable[str], choices: bool = False) -> str:
     """Says which known names are close to a wrong one, and, where they are few, which there are."""
     known = list(known)
     close = get_close_matches(name.lower(), known, n=5, cutoff=0.6)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.models import register_model
+from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class CIFARResNet(nn.Module):
         self.layer3 = self._stage(32, 64, 2, blocks)
         self.feature_info = [{"num_chs": 16 * 2**i, "reduction": 2**i, "module": f"layer{i + 1}"} for i in range(3)]
         self.global_pool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(64, num_classes)
+        self.fc: nn.Module = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -72,6 +73,57 @@ class CIFARResNet(nn.Module):
     def get_classifier(self) -> nn.Module:
         """Returns the linear layer that makes the logits."""
         return self.fc
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Computes feature maps of several stages at once, as timm's networks do.
+
+        Args:
+            x: Images (N, C, H, W).
+            indices: Which entries of ``feature_info``, from 0; a number n takes the last n, None takes all.
+            norm: For timm's sake: there is no last normalisation here.
+            stop_early: Do not compute the stages after the last one that is asked for.
+            output_fmt: For timm's sake: only ``"NCHW"`` exists.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The last feature map that was computed and the list of those asked for, or only the list.
+        """
+        take, last = feature_take_indices(3, indices)
+        features: list[Tensor] = []
+        x = self.act1(self.bn1(self.conv1(x)))
+        for index, stage in enumerate((self.layer1, self.layer2, self.layer3)):
+            if stop_early and index > last:
+                break
+            x = stage(x)
+            if index in take:
+                features.append(x)
+        return features if intermediates_only else (x, features)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops what the feature maps of ``indices`` do not need, as timm's networks do, and returns the indices.
+
+        Args:
+            indices: As in :meth:`forward_intermediates`.
+            prune_norm: For timm's sake: there is no last normalisation here.
+            prune_head: Drop the linear layer too; it goes in any case where the last stage goes.
+        """
+        take, last = feature_take_indices(3, indices)
+        for index in range(last + 1, 3):
+            setattr(self, f"layer{index + 1}", nn.Sequential())
+        if prune_head or last < 2:
+            self.num_features = self.feature_info[last]["num_chs"]
+            self.fc = nn.Identity()
+        return list(take)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Computes the last feature map, (N, 64, ceil(H / 4), ceil(W / 4))."""

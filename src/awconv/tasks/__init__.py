@@ -2,5 +2,6 @@
 
 from awconv.tasks.base import BaseTask
 from awconv.tasks.classification import ClassificationTask
+from awconv.tasks.detection import DetectionTask
 
-__all__ = ["BaseTask", "ClassificationTask"]
+__all__ = ["BaseTask", "ClassificationTask", "DetectionTask"]

@@ -1,22 +1,27 @@
 """What every task shares: optimisation, weight averaging, compilation, and checkpoints that can be trusted."""
 
 import difflib
+import hashlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from awconv.errors import InputError
-from awconv.models import describe_mismatch
+from awconv.models import WeightsReport, describe_mismatch
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): value
@@ -41,6 +46,7 @@ class BaseTask(L.LightningModule):
         lr_schedule: ``constant``, ``cosine`` (to ``min_lr``), ``multistep`` (times ``gamma`` at each milestone) or
             ``onecycle`` (Smith & Topin 2018, as ``torch.optim.lr_scheduler.OneCycleLR``). Steps are optimiser steps.
         warmup_epochs: Epochs of linear warm-up from ``lr`` / 100; for ``onecycle``, the rising part.
+        warmup_steps: The same in optimiser steps; the longer of the two counts.
         milestones: Epochs at which ``multistep`` drops.
         gamma: Factor of each drop.
         min_lr: The learning rate at which ``cosine`` ends.
@@ -54,6 +60,10 @@ class BaseTask(L.LightningModule):
     """
 
     network: nn.Module
+    monitor: ClassVar[str]
+    """The metric of which a higher value is better, by which the best checkpoint is chosen."""
+    weights_report: WeightsReport | None = None
+    """What the network starts from; None where nobody knows."""
 
     def __init__(
         self,
@@ -65,6 +75,7 @@ class BaseTask(L.LightningModule):
         optimizer_options: dict[str, Any] | None = None,
         lr_schedule: Literal["constant", "cosine", "multistep", "onecycle"] = "cosine",
         warmup_epochs: float = 0.0,
+        warmup_steps: int = 0,
         milestones: list[int] | None = None,
         gamma: float = 0.1,
         min_lr: float = 0.0,
@@ -74,6 +85,7 @@ class BaseTask(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # those of the subclass too: it reads the arguments of every __init__ under way
+        self._drop_foreign_hyperparameters()
         if optimizer.lower() not in _OPTIMIZERS:
             near = difflib.get_close_matches(optimizer.lower(), _OPTIMIZERS, n=1)
             choices = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(sorted(_OPTIMIZERS))}"
@@ -82,7 +94,8 @@ class BaseTask(L.LightningModule):
             raise InputError(
                 f"lr_schedule={lr_schedule!r} is unknown; choose one of constant, cosine, multistep, onecycle"
             )
-        for name, value, low in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("warmup_epochs", warmup_epochs, 0)):
+        warmups = (("warmup_epochs", warmup_epochs, 0), ("warmup_steps", warmup_steps, 0))
+        for name, value, low in (("lr", lr, 0), ("weight_decay", weight_decay, 0), *warmups):
             if not value >= low or not math.isfinite(value):
                 raise InputError(f"{name}={value} must be a number of at least {low}")
         if gamma <= 0 or not 0 <= min_lr <= lr or any(epoch < 0 for epoch in milestones or []):
@@ -99,8 +112,19 @@ class BaseTask(L.LightningModule):
                 "lr_schedule='multistep' needs milestones, the epochs of its drops, such as [60, 120, 160]"
             )
         self._optimizer_options = dict(optimizer_options or {})
-        self._non_finite_step: Tensor | None = None
+        self._non_finite_steps: dict[str, Tensor] = {}
         self._compiled = False
+
+    def _drop_foreign_hyperparameters(self) -> None:
+        """Drops what the command line links from the data to every task, and this one does not take.
+
+        Lightning notes it all the same, and ``load_from_checkpoint`` would then refuse the checkpoint.
+        """
+        inits = [vars(cls)["__init__"] for cls in type(self).__mro__ if "__init__" in vars(cls)]
+        taken = {name for init in inits for name in inspect.signature(init).parameters}
+        for name in set(self.hparams) - taken:
+            if not name.startswith("_"):  # Lightning's own
+                del self.hparams[name]
 
     def set_network(self, network: nn.Module) -> None:
         """Takes ``network`` as the module that is trained, in the memory format asked for."""
@@ -118,8 +142,33 @@ class BaseTask(L.LightningModule):
         """Compiles the network when asked to."""
         if self.hparams["compile"] and not self._compiled:
             # in place: torch.compile(network) would wrap it and put _orig_mod into every state-dict key
-            self.network.compile()
+            self.module_to_compile().compile()
             self._compiled = True
+
+    def module_to_compile(self) -> nn.Module:
+        """Gives the part of the network that ``compile`` means: all of it, unless a subclass knows better."""
+        return self.network
+
+    def configure_model(self) -> None:
+        """Shards weights, gradients and optimiser state over the processes under ``ModelParallelStrategy`` (FSDP2)."""
+        # Lightning also calls it where a checkpoint is loaded without a trainer
+        if self._trainer is None or not isinstance(self._trainer.strategy, ModelParallelStrategy):
+            return
+        if isinstance(self.network, FSDPModule):
+            return
+        if self.hparams["ema_decay"] is not None:
+            raise InputError("ema_decay: the average cannot be kept of sharded weights; set it to null, or use ddp")
+        mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
+        if mesh.size() != self._trainer.world_size:
+            raise InputError(
+                f"trainer.strategy.data_parallel_size={mesh.size()} ('auto': the number of machines): weights are "
+                f"sharded over all processes; give {self._trainer.world_size}, and tensor_parallel_size 1"
+            )
+        # what is gathered at a time: each direct part of the network, a stage say
+        for part in [*self.network.children(), self.network]:
+            is_called = not isinstance(part, nn.ModuleList | nn.ModuleDict)
+            if is_called and any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Adds the exponential moving average to training when one is asked for."""
@@ -138,12 +187,7 @@ class BaseTask(L.LightningModule):
 
     def _build_optimizer(self) -> Optimizer:
         hparams = self.hparams
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        # always two groups, so that a resumed run may decide otherwise about norms and biases
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1]},
-        ]
+        groups: list[dict[str, Any]] = [{"params": parameters} for parameters in self._learning_parameters()]
         if not hparams["decay_norm_and_bias"] and hparams["weight_decay"]:
             groups[1]["weight_decay"] = 0.0
         optimizer = _OPTIMIZERS[hparams["optimizer"].lower()]
@@ -156,6 +200,11 @@ class BaseTask(L.LightningModule):
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer={hparams['optimizer']!r} does not take {options}: {error}") from error
 
+    def _learning_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Lists kernels and matrices, and apart from them norms and biases: a resumed run may decay those or not."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+
     def _build_schedule(self, optimizer: Optimizer) -> LRScheduler:
         hparams = self.hparams
         total = self.trainer.estimated_stepping_batches
@@ -164,7 +213,7 @@ class BaseTask(L.LightningModule):
                 "trainer.max_epochs=-1 has no end for the schedule to aim at; give max_epochs or max_steps"
             )
         per_epoch = self._steps_per_epoch()
-        warmup = min(round(hparams["warmup_epochs"] * per_epoch), int(total))
+        warmup = min(max(round(hparams["warmup_epochs"] * per_epoch), hparams["warmup_steps"]), int(total))
         if hparams["lr_schedule"] == "onecycle":
             # OneCycleLR divides by the length of its two parts, less one step each
             rise = min(max(warmup, 2), total - 2) / total if warmup and total > 3 else 0.3
@@ -204,18 +253,36 @@ class BaseTask(L.LightningModule):
 
         return factor
 
-    # ---- a loss that is no number ---------------------------------------------------------------------------------
+    # ---- a training step ------------------------------------------------------------------------------------------
 
-    def check_loss(self, loss: Tensor) -> Tensor:
+    @contextmanager
+    def seeded_step(self) -> Iterator[None]:
+        """Draws the random numbers of one training step from the run's seed, the process and the batch's number.
+
+        Dropout, stochastic depth and a detector's sampling of proposals are then the same in a resumed run as in an
+        uninterrupted one, for which nothing else would care.
+        """
+        batch = self.trainer.fit_loop.epoch_loop.total_batch_idx if self._trainer is not None else 0
+        key = repr((torch.initial_seed(), self.global_rank, batch)).encode()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % 2**63)
+            yield
+
+    def check_loss(self, loss: Tensor, parts: Mapping[str, Tensor] | None = None) -> Tensor:
         """Notes whether ``loss`` is finite and returns it; training stops, and says where, if it was not.
 
         Nothing waits for the device here: the note is read every step on a CPU, and on accelerators or several
         processes every ``log_every_n_steps`` steps and before any checkpoint is written.
+
+        Args:
+            loss: What is minimised.
+            parts: The losses of which it is the sum, by name; the message then tells which was not finite.
         """
-        if self._non_finite_step is None:
-            self._non_finite_step = torch.full((), -1, device=loss.device, dtype=torch.long)
-        first = (self._non_finite_step < 0) & ~torch.isfinite(loss.detach()).all()
-        self._non_finite_step = torch.where(first, self.global_step, self._non_finite_step)
+        for name, value in (parts or {"the loss": loss}).items():
+            seen = self._non_finite_steps.get(name, torch.full((), -1, device=loss.device, dtype=torch.long))
+            first = (seen < 0) & ~torch.isfinite(value.detach()).all()
+            self._non_finite_steps[name] = torch.where(first, self.global_step, seen)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -226,14 +293,19 @@ class BaseTask(L.LightningModule):
             self._stop_if_not_finite()
 
     def _stop_if_not_finite(self) -> None:
-        if self._non_finite_step is None:
+        if not self._non_finite_steps:
             return
         # every process must leave together, or the others wait for ever in their next collective
-        step = int(self.trainer.strategy.reduce(self._non_finite_step.float(), reduce_op="max"))
-        if step >= 0:
+        noted = torch.stack(list(self._non_finite_steps.values())).float()
+        steps = dict(
+            zip(self._non_finite_steps, self.trainer.strategy.reduce(noted, reduce_op="max").tolist(), strict=True)
+        )
+        if wrong := {name: int(step) for name, step in steps.items() if step >= 0}:
+            step = min(wrong.values())
             epoch = step // self._steps_per_epoch()
+            names = " and ".join(name for name in wrong if wrong[name] == step)
             raise InputError(
-                f"the loss was not finite at step {step} (epoch {epoch}); training stopped and wrote no checkpoint "
+                f"{names} was not finite at step {step} (epoch {epoch}); training stopped and wrote no checkpoint "
                 f"after it. Lower model.lr (now {self.hparams['lr']}), lengthen model.warmup_epochs, or clip with "
                 "trainer.gradient_clip_val"
             )
@@ -253,6 +325,8 @@ class BaseTask(L.LightningModule):
         states = checkpoint.get("optimizer_states", [])
         if "optimizer" not in saved or not states or self._trainer is None or self.trainer.state.fn != "fit":
             return
+        if "state_dict" in checkpoint:  # a strategy that shards has taken it out, and loaded it
+            self._require_fit(checkpoint["state_dict"])  # the cause, where the optimiser's state is but a symptom
         now = self.hparams
         if saved["optimizer"].lower() != now["optimizer"].lower() or (saved["lr_schedule"] == "onecycle") != (
             now["lr_schedule"] == "onecycle"
@@ -262,6 +336,15 @@ class BaseTask(L.LightningModule):
                 f"{saved['lr_schedule']!r}, whose state does not fit optimizer={now['optimizer']!r}, lr_schedule="
                 f"{now['lr_schedule']!r}; to start afresh from its weights use model.initial_weights"
             )
+        here = [len(parameters) for parameters in self._learning_parameters()]
+        for state in states:
+            there = [len(group["params"]) for group in state["param_groups"]]
+            if there != here:
+                raise InputError(
+                    f"the checkpoint was trained with {sum(there)} tensors that learn, and this run has {sum(here)}: "
+                    "something else is frozen; set norm and trainable_stages as they were, or start afresh from its "
+                    "weights with model.initial_weights"
+                )
         ratio = now["lr"] / saved["lr"] if saved["lr"] else 1.0
         decays = (now["weight_decay"], now["weight_decay"] if now["decay_norm_and_bias"] else 0.0)
         for state in states:
@@ -276,7 +359,11 @@ class BaseTask(L.LightningModule):
                 schedule.pop(key, None)
 
     def on_train_start(self) -> None:
-        """Sets what the schedule says for the next step: a resumed run may have another schedule than the saved one."""
+        """Says what the learning rate is for, and sets what the schedule says for the next step.
+
+        A resumed run may have another schedule than the saved one.
+        """
+        self._say_global_batch()
         schedule = self.lr_schedulers()
         if isinstance(schedule, LambdaLR) or (isinstance(schedule, OneCycleLR) and not _has_ended(schedule)):
             with warnings.catch_warnings():
@@ -284,6 +371,17 @@ class BaseTask(L.LightningModule):
                 rates = schedule.get_lr()
             for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
+
+    def _say_global_batch(self) -> None:
+        size = getattr(self.trainer.train_dataloader, "batch_size", None)
+        if size:
+            processes, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+            parts = [(size, "a batch"), (processes, "processes"), (accumulated, "accumulated")]
+            product = " x ".join(f"{number} {what}" for number, what in parts if number > 1 or what == "a batch")
+            rank_zero_info(
+                f"global batch: {size * processes * accumulated} pictures ({product}); "
+                f"model.lr={self.hparams['lr']} is for that, and is never scaled"
+            )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Steps the schedule; one that has ended keeps its last learning rate.
@@ -295,10 +393,16 @@ class BaseTask(L.LightningModule):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads ``state_dict``; under ``strict`` a network of another architecture is an :class:`InputError`."""
-        difference = describe_mismatch(self, state_dict) if strict else ""
-        if difference:
-            raise InputError(f"the checkpoint holds another network than this one: {difference}")
+        if strict:
+            self._require_fit(state_dict)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _require_fit(self, state_dict: Mapping[str, Any]) -> None:
+        if difference := describe_mismatch(self, state_dict):
+            raise InputError(
+                f"the checkpoint holds another network than this one: {difference}; leave out what changes the "
+                "network, or start from the weights that fit with model.initial_weights"
+            )
 
 
 class _WeightAverage(EMAWeightAveraging):

@@ -1,5 +1,6 @@
 """Training and evaluating AW-augmented classifiers."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from awconv.errors import InputError
-from awconv.models import create_backbone, load_initial_weights
+from awconv.models import WeightsReport, create_backbone, load_initial_weights
 from awconv.tasks.base import BaseTask
 
 # what torch's cross entropy ignores by default; evaluation data pads with it, see awconv.data
@@ -43,6 +44,8 @@ class ClassificationTask(BaseTask):
     Raises:
         InputError: If an argument is unknown or out of range.
     """
+
+    monitor = "val/acc1"
 
     def __init__(
         self,
@@ -97,20 +100,24 @@ class ClassificationTask(BaseTask):
             num_classes=hparams["num_classes"],
             in_channels=hparams["in_channels"],
         )
-        if hparams["initial_weights"] and not pretrained:
-            rank_zero_info(load_initial_weights(network, hparams["initial_weights"]))
+        self.weights_report = _report(network, hparams)
+        if hparams["initial_weights"]:
+            rank_zero_info(self.weights_report.text)
         return network
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Computes the loss of one batch."""
         images, targets = batch
-        loss = F.cross_entropy(self(images), targets, label_smoothing=self.hparams["label_smoothing"])
+        with self.seeded_step():
+            logits = self(images)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["label_smoothing"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return self.check_loss(loss)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Adds one batch to the validation metrics."""
-        self._evaluate("val", batch)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Adds one batch to the validation metrics; gives ``logits``, (N, num_classes) in float32, for who draws."""
+        logits, _ = self._evaluate("val", batch)
+        return {"logits": logits}
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Adds one batch to the test metrics and the confusion matrix."""
@@ -137,3 +144,16 @@ class ClassificationTask(BaseTask):
         self.log(f"{split}/loss", mean_loss, on_epoch=True, on_step=False)
         self.log_dict(metrics, on_epoch=True, on_step=False, prog_bar=True)
         return logits, targets
+
+
+def _report(network: Any, hparams: Mapping[str, Any]) -> WeightsReport:
+    """Loads the initial weights, unless they are in ``network`` already, and says what they are."""
+    given = hparams["initial_weights"]
+    if given is None:
+        return WeightsReport("initial weights: random", complete=False)
+    if given != "pretrained":
+        return load_initial_weights(network, given)
+    same_classes = network.pretrained_cfg.get("num_classes") == hparams["num_classes"]
+    complete = same_classes and hparams["attention"] is None
+    text = f"initial weights: timm's of {hparams['backbone']}"
+    return WeightsReport(text if complete else f"{text}; left at initialisation: what they do not cover", complete)

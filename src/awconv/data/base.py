@@ -1,0 +1,212 @@
+"""What every data module shares: its splits, its loaders, several processes, and a folder to predict."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import LightningDataModule
+
+from awconv.data.loading import (
+    EvaluationSampler,
+    EvaluationSet,
+    Loader,
+    MapDataset,
+    TrainingSampler,
+    TrainingSet,
+)
+from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
+from awconv.errors import InputError, require, require_int
+
+Split: TypeAlias = Literal["train", "val", "test"]
+Transform: TypeAlias = Callable[..., Any]
+
+_SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+    None: ("train", "val", "test"),
+}
+
+
+class BaseDataModule(LightningDataModule):
+    """Base class of the data modules of every task; start from the one of your task.
+
+    A task's base class supplies :meth:`load_split`, :meth:`predict_transform` and :meth:`collate`; its data sets
+    yield (picture, target) and, for ``predict``, (picture, path).
+
+    The order of the samples and their augmentation follow from the run's seed (``seed_everything``), the epoch
+    and the sample, so that neither the number of workers nor a resumption, be it inside an epoch, changes them.
+    With several processes each evaluates its own share, and the shares are filled up to one length with padding
+    samples (see :class:`awconv.data.loading.EvaluationSet`).
+
+    Args:
+        batch_size: Samples per batch and process.
+        num_workers: Worker processes that load data, per process; 0 loads in the process itself.
+        predict_dir: Folder of pictures for ``predict``, searched with all its subfolders; each is turned as its
+            EXIF orientation says.
+        seed: Seed of what the data module itself makes or cuts out; nothing else depends on it.
+
+    Raises:
+        InputError: An argument is of the wrong type or out of its range.
+    """
+
+    in_channels: int = 3
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int,
+        predict_dir: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        require_int("batch_size", batch_size, "a whole number, at least 1", low=1)
+        require_int("num_workers", num_workers, "a whole number, 0 or more", low=0)
+        require_int("seed", seed, "a whole number from 0 to 4294967295", low=0, high=2**32 - 1)
+        # The logger gets none of them: Lightning refuses to log a name that the model has too with another
+        # value, and `class_names` or `image_size` of a model may well differ.
+        self.save_hyperparameters(logger=False)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.predict_dir = predict_dir
+        self.seed = seed
+        self._datasets: dict[str, MapDataset] = {}
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their indices."""
+        raise NotImplementedError(f"{type(self).__name__} has to define class_names")
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    # ---- what the base class of a task supplies
+
+    def load_split(self, split: Split) -> MapDataset:
+        """Return one split as a map-style data set of (picture, target), transformed."""
+        raise NotImplementedError(f"{type(self).__name__} has to define load_split(split)")
+
+    def predict_transform(self) -> Transform:
+        """What happens to a picture of `predict_dir`, a uint8 tensor (3, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} has to define predict_transform()")
+
+    @staticmethod
+    def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Make one batch of (picture, target) or (picture, path) samples."""
+        raise NotImplementedError("the base class of a task has to define collate(samples)")
+
+    def train_sampler(self, dataset: MapDataset, processes: int, rank: int, seed: int) -> TrainingSampler:
+        """Return the order of the training samples: shuffled anew in every epoch."""
+        return TrainingSampler(dataset, processes, rank, seed=seed)  # type: ignore[arg-type]
+
+    # ---- loaders
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build the data sets of a stage, so that what is wrong with the data is said before anything runs."""
+        for split in _SPLITS_OF_STAGE[stage]:
+            self._dataset(split)
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled, augmented batches."""
+        dataset = self._dataset("train")
+        seed = torch.initial_seed()
+        if self.trainer is not None:
+            # every process has to shuffle alike, also in a run that nobody seeded
+            seed = self.trainer.strategy.broadcast(seed)
+        rank, processes = self._place()
+        # torch adds the epoch to the sampler's seed, and takes 64 bits in all
+        sampler = self.train_sampler(dataset, processes, rank, seed % 2**62)
+        sampler.consumed = self._consumed
+        return self._loader(
+            TrainingSet(dataset, seed),
+            sampler=sampler,
+            drop_last=len(sampler) >= self.batch_size,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def val_dataloader(self) -> Loader:
+        """Batches of the validation set."""
+        return self._evaluation_loader("val", persistent_workers=self.num_workers > 0)
+
+    def test_dataloader(self) -> Loader:
+        """Batches of the test set."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> Loader:
+        """Batches of the pictures below `predict_dir`, each picture with its path."""
+        return self._evaluation_loader("predict")
+
+    def _evaluation_loader(self, split: str, **options: Any) -> Loader:
+        dataset = self._dataset(split)
+        rank, processes = self._place()
+        sampler = EvaluationSampler(dataset, processes, rank) if processes > 1 else None
+        return self._loader(EvaluationSet(dataset), sampler=sampler, **options)
+
+    def _loader(self, dataset: Any, **options: Any) -> Loader:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return Loader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            pin_memory=on_gpu,
+            worker_init_fn=_begin_worker,
+            **options,
+        )
+
+    def _consumed(self) -> int:
+        """How many samples of this epoch this process has trained on before the run was resumed."""
+        loop = None if self.trainer is None else self.trainer.fit_loop
+        if loop is None or not loop.restarted_mid_epoch:
+            return 0
+        batches: int = loop.epoch_loop.batch_progress.current.ready
+        return batches * self.batch_size
+
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _dataset(self, split: str) -> MapDataset:
+        if split not in self._datasets:
+            # the stages name no other splits
+            dataset = self._pictures_to_predict() if split == "predict" else self.load_split(split)  # type: ignore[arg-type]
+            if len(dataset) == 0:
+                raise InputError(f"{type(self).__name__}: the {split} split holds no samples")
+            self._datasets[split] = dataset
+        return self._datasets[split]
+
+    def _pictures_to_predict(self) -> MapDataset:
+        folder = self.predict_dir
+        remedy = "name a folder of pictures with --data.predict_dir FOLDER"
+        require(folder is not None, "predict_dir", folder, f"a folder of pictures to predict; {remedy}")
+        assert folder is not None
+        require(os.path.isdir(folder), "predict_dir", folder, f"a folder, and that is none; {remedy}")
+        paths = find_pictures(folder)
+        found = f"pictures ({', '.join(EXTENSIONS)}), and there are none in it or below; {remedy}"
+        require(bool(paths), "predict_dir", folder, found)
+        return PictureDataset(paths, None, self.predict_transform())
+
+
+def _begin_worker(worker: int) -> None:
+    """Lets only the main process end a worker: schedulers signal all, and it still needs its batches then."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where no scheduler is to be expected either
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
+    if os.environ.get("PL_SEED_WORKERS") == "1":  # what Lightning would have put in this place
+        pl_worker_init_function(worker)
+
+
+def _leave_when_told(main_process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)
