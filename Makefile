@@ -1,19 +1,28 @@
-# make demo: train and test an AW network on real handwritten digits.  make test: all tests.
+# make demo: train and test an AW network on real handwritten digits.  make demo-detection: the same for a detector.
+# make test: all tests.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo demo-detection test test-fast lint format clean
 
 # pictures this small gain little from a second thread, and lose much where another program wants the core
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python lightning_cli.py fit --test_after_fit true
 
+# threads that wait spin but a moment: where another program wants the core, long spinning slows both many times over
+demo-detection: $(VENV)/installed
+	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT:-1000} $(BIN)/python lightning_cli.py fit -c configs/recipes/digit_scenes.yaml \
+		-c configs/models/aw_faster_rcnn_resnet18_small.yaml --test_after_fit true
+
+# a process for each core, of which four are enough: each imports torch, and holds a gigabyte or two
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

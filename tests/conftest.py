@@ -43,6 +43,12 @@ def imagenet_root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def coco_root(tmp_path: Path) -> Path:
+    """Root of a miniature COCO 2017: 12 pictures to train, 7 to validate, 3 to test without annotations."""
+    return miniature.make_coco(tmp_path / "coco")
+
+
+@pytest.fixture
 def picture_folder(tmp_path: Path) -> Path:
     """Folder of 5 pictures of several formats, modes and sizes, two of them in a subfolder."""
     return miniature.make_picture_folder(tmp_path / "pictures")
@@ -72,9 +78,30 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     environment = dict(os.environ)
     yield run
     # what a process of its own would take with it
-    if wandb.run is not None:
-        wandb.finish()
+    finish_wandb()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
+
+
+@pytest.fixture
+def away_from_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """W&B without settings: it keeps what tables hold in a folder of its own, and keys in the home folder."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    finish_wandb()
+    wandb.teardown()  # what it read from the environment before
+    yield
+    finish_wandb()
+    wandb.teardown()
+
+
+def finish_wandb() -> None:
+    """Ends the run in progress; one that outlives the service behind it would make all that follow fail."""
+    if wandb.run is not None:
+        wandb.finish()

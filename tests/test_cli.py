@@ -1,7 +1,6 @@
 """The command line as a user meets it: runs, checkpoints, and one clear line for whatever is wrong."""
 
 import csv
-import json
 import os
 import pickle
 import re
@@ -15,7 +14,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-import wandb
 import yaml
 from PIL import Image
 
@@ -74,7 +72,7 @@ def test_fit_with_no_config_trains_the_embedded_default(cli, tmp_path):
     assert out.count(f"run folder: {run}") == 1
     assert re.search(r"^test/loss: \d\.\d{4}, test/acc1: [01]\.\d{4}, test/acc5: [01]\.\d{4}$", out, re.MULTILINE)
     assert f"confusion matrix: {run / 'confusion_matrix.png'}" in out
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     with Image.open(run / "confusion_matrix.png") as picture:
         assert min(picture.size) > 400
     with (run / "metrics.csv").open() as file:
@@ -133,40 +131,6 @@ def test_the_embedded_default_is_the_digits_recipe_with_aw_resnet20(cli):
         "fit", "-c", "configs/recipes/digits.yaml", "-c", "configs/models/aw_resnet20.yaml", "--print_config"
     )
     assert yaml.safe_load(default) == yaml.safe_load(composed)
-
-
-def test_wandb_offline_holds_the_config(cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    code, _, err = cli(
-        "fit",
-        "-c",
-        "configs/recipes/digits.yaml",
-        "-c",
-        "configs/models/aw_resnet20.yaml",
-        "-c",
-        "configs/overlays/wandb.yaml",
-        *short(tmp_path),
-    )
-    assert code == 0, err
-    run = only_run(tmp_path)
-    assert (run / "metrics.csv").is_file()
-    record = next(run.glob("wandb/offline-run-*/*.wandb"))
-    wandb.finish()
-    read = subprocess.run(
-        [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json", record.parent],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    records = [json.loads(line) for line in read.stdout.splitlines()]
-    config: dict = {}
-    for record in records:
-        config |= record.get("config", {}).get("update", {})
-    assert config["model"]["init_args"]["backbone"] == "resnet20"
-    assert config["trainer"]["max_epochs"] == 2
-    assert sum("val/acc1" in record.get("history", {}).get("item", {}) for record in records) == 2
-    assert not (PROJECT / "wandb").exists()
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------
@@ -311,7 +275,7 @@ def test_loggers_and_callbacks_of_ones_own(cli, tmp_path, options):
 def test_a_folder_with_checkpoints_of_another_run_is_left_alone(cli, tmp_path, trained):
     before = (trained / "checkpoints/best.ckpt").read_bytes()
     result = cli("fit", *short(tmp_path), f"--checkpoint.dirpath={trained / 'checkpoints'}")
-    assert_one_clear_line(result, "best.ckpt of another run", "--ckpt_path")
+    assert_one_clear_line(result, "best.ckpt of another run", f"--resume {trained}")
     assert (trained / "checkpoints/best.ckpt").read_bytes() == before
 
 
@@ -461,6 +425,8 @@ BAD_ARGUMENTS = [
     (["fit", "--trainer.max_epochs", "many"], ["trainer.max_epochs='many'", "int"]),
     (["fit", "--model.lr", "fast"], ["lr='fast'", "float"]),
     (["fit", "--data.augment", "flip"], ["augment='flip'", "randaugment"]),
+    (["fit", "--data.image_sise", "8"], ["'image_sise'", "did you mean data.image_size?"]),
+    (["fit", "--seed_everything=-5"], ["seed_everything=-5", "0 to 4294967295"]),
     (["fit", "--model.attention", "sse"], ["attention='sse'", "did you mean 'se'?"]),
     (["fit", "--model.aw", "5"], ["aw='5'", "bool"]),
     (["fit", "--model", "ClassificationTsk"], ["'ClassificationTsk'", "ClassificationTask"]),
@@ -645,6 +611,18 @@ def test_cifar_that_is_not_there(cli, tmp_path):
     assert_one_clear_line(result, "cifar", "--data.download true")
 
 
+def test_a_folder_that_cannot_be_made(cli):
+    assert_one_clear_line(cli("fit", "--trainer.default_root_dir=/proc/runs"), "'/proc/runs'", "cannot be written to")
+
+
+def test_a_run_that_is_longer_already_than_it_is_to_become(cli, tmp_path, trained):
+    before = set(trained.parent.iterdir())
+    checkpoint = trained / "checkpoints/last.ckpt"
+    options = [f"--ckpt_path={checkpoint}", "--trainer.max_epochs=0", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    assert_one_clear_line(cli("fit", *options), "trainer.max_epochs=0", str(checkpoint), "give more")
+    assert set(trained.parent.iterdir()) == before
+
+
 def test_predicting_what_is_no_picture(cli, tmp_path, trained):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -656,6 +634,7 @@ def test_predicting_what_is_no_picture(cli, tmp_path, trained):
         *QUIET,
     ]
     assert_one_clear_line(cli(*common), str(folder))
+    assert not list((tmp_path / "runs").glob("*/*-predict")), "a folder of a run that never was"
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "good.png")
     (folder / "bad.png").write_bytes(b"no picture")
     assert_one_clear_line(cli(*common), "bad.png")
@@ -687,3 +666,19 @@ def test_ctrl_c_says_where_the_last_checkpoint_is(tmp_path):
     assert files == {"best.ckpt", "last.ckpt"}
     for name in files:
         assert torch.load(last.parent / name, weights_only=True)["global_step"] > 0
+
+
+def test_sync_batchnorm_keeps_the_activation_that_timm_puts_into_a_norm():
+    """torch's own conversion replaces timm's BatchNormAct2d by a bare SyncBatchNorm."""
+    from awconv.cli import _SyncBatchNorm
+    from awconv.models import create_backbone
+
+    network = create_backbone("mobilenetv2_100", num_classes=3).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = network(images)
+        plugin = _SyncBatchNorm()
+        synchronised = plugin.apply(network)
+        kinds = {type(module) for module in synchronised.modules()}
+        assert any(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds)
+        assert torch.equal(plugin.revert(synchronised)(images), before)

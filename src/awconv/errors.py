@@ -20,7 +20,10 @@ def require(ok: bool, argument: str, value: Any, expected: str) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite int or float; a bool is neither."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int beyond the range of floats
+        return False
 
 
 def require_int(argument: str, value: Any, expected: str, *, low: int, high: float = math.inf) -> None:

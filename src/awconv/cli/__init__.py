@@ -1,28 +1,45 @@
 """The command line: LightningCLI with composed configs, run folders, and checkpoints that carry their config."""
 
 import contextlib
-import logging
 import os
 import re
-import secrets
+import shlex
 import sys
-import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import lightning as L
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import nn
 
-from awconv.callbacks import BestCheckpoint, ClassificationReport, LastCheckpoint
+from awconv.callbacks import (
+    AttentionMonitor,
+    BestCheckpoint,
+    CheckpointFiles,
+    ClassificationMedia,
+    ClassificationReport,
+    DetectionMedia,
+    DetectionReport,
+    LastCheckpoint,
+    NetworkSummary,
+    Preempted,
+    TrainingMonitor,
+)
+from awconv.callbacks.checkpoints import LAST, read_checkpoint
+from awconv.callbacks.wandb_run import describe_runs
 from awconv.cli.arguments import LINKED, complete
-from awconv.cli.messages import one_line
+from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
+from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
+from awconv.data import ClassificationDataModule, COCODataModule
 from awconv.errors import InputError
+from awconv.quiet import silence_libraries
+from awconv.tasks import ClassificationTask, DetectionTask
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -34,15 +51,19 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The words after the program's name; ``sys.argv[1:]`` if None.
     """
-    _silence_libraries()
+    silence_libraries()
     try:
         AWConvCLI(sys.argv[1:] if args is None else list(args))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if said := _bad_input(error):
-            _fail(said)
+        if said := bad_input(error):
+            fail(said)
+        if PEER_IS_GONE.search(str(error)):
+            rank = os.environ.get("LOCAL_RANK", "0")
+            print(f"process {rank} stops: another process ended, and has said why", file=sys.stderr)
+            sys.exit(1)
         raise
 
 
@@ -51,8 +72,9 @@ class AWConvCLI(LightningCLI):
 
     * The base of every command is a whole config: that of the checkpoint where ``--ckpt_path`` is given, the embedded
       default where no config is. What is typed wins over it: flags over configs, later configs over earlier ones.
-    * Every run writes into a folder of its own, ``DEFAULT_ROOT_DIR/DATA-MODEL/TIME``.
-    * The best and the last checkpoint, a progress bar, the learning rate and the classification report come without
+    * Every run writes into a folder of its own, ``DEFAULT_ROOT_DIR/DATA-MODEL/TIME`` or ``--run_dir``, and goes on
+      there by ``--resume``.
+    * The best and the last checkpoint, a progress bar, the learning rate and the reports come without
       being asked for, unless the trainer's own callbacks hold one of their kind.
 
     Args:
@@ -63,7 +85,7 @@ class AWConvCLI(LightningCLI):
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
-            save_config_callback=_RunRecorder,
+            save_config_callback=RunRecorder,
             parser_class=_Parser,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -77,6 +99,13 @@ class AWConvCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the checkpoint's options, the links from data to model, and the defaults."""
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        parser.add_argument(
+            "--run_dir", type=str | None, help="Folder of the run; null makes DEFAULT_ROOT_DIR/DATA-MODEL/TIME."
+        )
+        parser.add_argument(
+            "--resume", type=str | None, help="Folder of a run that is to go on there, or a checkpoint in it; for fit."
+        )
         # everywhere, so that the config of a run can be given to every command
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Let fit test the best checkpoint when it has trained."
@@ -85,7 +114,6 @@ class AWConvCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/acc1",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
                 # a slash in a metric's name would become a folder
@@ -94,7 +122,7 @@ class AWConvCLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
                 "trainer.default_root_dir": "runs",
                 "trainer.logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
+                    "class_path": "awconv.callbacks.MetricsFile",
                     "init_args": {"save_dir": "runs", "name": "", "version": ""},
                 },
             }
@@ -105,6 +133,13 @@ class AWConvCLI(LightningCLI):
         super().setup_parser(*args, **kwargs)
         for parser in self._subcommand_parsers.values():
             parser.set_defaults({"weights_only": True})
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            seed = self.config[self.subcommand].seed_everything
+            raise InputError(f"seed_everything={seed}: expected a whole number from 0 to 4294967295") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses ``args`` on top of the base config."""
@@ -123,41 +158,73 @@ class AWConvCLI(LightningCLI):
         typed, self.config = self.config, self.config.clone()
         config = self.config[self.subcommand]
         self._require_weights(config)
-        self.run_dir = _run_dir(_writable(config.trainer.default_root_dir), config, str(self.subcommand))
+        task = _require_one_kind(config)
+        if config.checkpoint.monitor is None:
+            config.checkpoint.monitor = getattr(task, "monitor", "val/acc1")
+        self.run_dir = choose_folder(config, str(self.subcommand))
         config.trainer.default_root_dir = self.run_dir
-        loggers = config.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            init_args = logger.get("init_args") if hasattr(logger, "get") else None
-            if init_args is not None and init_args.get("save_dir", None) in ("runs", ".", None):
-                init_args["save_dir"] = self.run_dir
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(Path(self.run_dir, "checkpoints"))
-        self.save_config_kwargs = {"run_dir": self.run_dir, "typed": typed[self.subcommand]}
+        lead_loggers(config, self.run_dir)
+        for section in (config.checkpoint, config.last_checkpoint):
+            if section.dirpath is None:
+                section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
+        self._folder_is_new = not os.path.lexists(self.run_dir)
+        self.save_config_kwargs = {
+            "run_dir": self.run_dir,
+            "command": str(self.subcommand),
+            "typed": typed[self.subcommand],
+        }
         super().instantiate_classes()
+        describe_runs(
+            self.trainer.loggers,
+            experiment_name(config),
+            command=str(self.subcommand),
+            seed=config.seed_everything,
+            model=self.model,
+        )
+        self._require_complete(config)
         self.config = typed
 
     def _require_weights(self, config: Any) -> None:
         weights = config.ckpt_path or (config.model.get("init_args") or {}).get("initial_weights", None)
         if self.subcommand != "fit" and not weights:
+            raise InputError(f"{self.subcommand} needs trained weights; {_HOW_TO_GIVE_WEIGHTS}")
+
+    def _require_complete(self, config: Any) -> None:
+        """Refuses to measure a network whose initial weights leave something at random, a detector's heads say."""
+        report = getattr(self.model, "weights_report", None)
+        if self.subcommand != "fit" and not config.ckpt_path and report is not None and not report.complete:
             raise InputError(
-                f"{self.subcommand} needs trained weights; give --ckpt_path best (the newest run's), --ckpt_path FILE, "
-                "or --model.initial_weights FILE"
+                f"{self.subcommand} needs trained weights, and these are not all of them ({report.text}); "
+                f"{_HOW_TO_GIVE_WEIGHTS} of a whole network"
             )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        best = self._get(self.config_init, "checkpoint")
-        ours: list[L.Callback] = [best, LastCheckpoint(best.dirpath), ClassificationReport()]
+        best, last = (self._get(self.config_init, name) for name in ("checkpoint", "last_checkpoint"))
+        ours: list[L.Callback] = [best, last, ClassificationReport(), DetectionReport()]
+        ours += [TrainingMonitor(), AttentionMonitor(), ClassificationMedia(), DetectionMedia()]
         if config.get("enable_checkpointing") is False:
             ours = [callback for callback in ours if not isinstance(callback, BestCheckpoint | LastCheckpoint)]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             ours.append(RichProgressBar())
+        if config.get("enable_model_summary") is not False and not any(isinstance(c, ModelSummary) for c in given):
+            ours.append(NetworkSummary())
+            config = {**config, "enable_model_summary": False}
         if config.get("logger"):
             ours.append(LearningRateMonitor())
         if config.get("barebones"):
             ours = []
-        ours = [callback for callback in ours if not any(type(callback) is type(other) for other in given)]
+        ours = [callback for callback in ours if not any(isinstance(other, type(callback)) for other in given)]
+        plugins = config.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if config.get("sync_batchnorm"):
+            plugins.append(_SyncBatchNorm())
+        # a strategy that shards writes its own kind of checkpoint
+        shards = re.search("fsdp|deepspeed|model_?parallel", str(config.get("strategy")), re.IGNORECASE)
+        if not shards and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(CheckpointFiles())
+        config = {**config, "plugins": plugins}
         try:
             return super()._instantiate_trainer(config, ours)
         except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
@@ -171,12 +238,44 @@ class AWConvCLI(LightningCLI):
         try:
             with self._reporting_interrupts():
                 super()._run_subcommand(subcommand)
+        except Preempted:
+            if self.trainer.is_global_zero:
+                print(f"to go on: python lightning_cli.py fit --resume {shlex.quote(self.run_dir)}", file=sys.stderr)
+            raise
+        except InputError:
+            if self.trainer.is_global_zero and self._folder_is_new:
+                remove_if_nothing_ran(Path(self.run_dir))
+            raise
         finally:
             if Path(self.run_dir).is_dir() and self.trainer.is_global_zero:
                 print(f"run folder: {self.run_dir}")
 
+    _resumed_step: int | None = None
+
+    def before_fit(self) -> None:
+        """Notes where a resumed run begins."""
+        if path := self.config[self.subcommand].ckpt_path:
+            checkpoint = read_checkpoint(Path(path), "ckpt_path")
+            if not {"global_step", "epoch"} <= checkpoint.keys():
+                raise InputError(
+                    f"ckpt_path={path} holds weights, and not the state of a run; start from them with "
+                    "--model.initial_weights"
+                )
+            self._resumed_step = checkpoint["global_step"]
+            epochs = self.trainer.max_epochs
+            if epochs is not None and -1 < epochs < checkpoint["epoch"]:
+                raise InputError(
+                    f"trainer.max_epochs={epochs}: {path} is of epoch number {checkpoint['epoch'] + 1}; give more"
+                )
+
     def after_fit(self) -> None:
-        """Tests the best checkpoint when asked to."""
+        """Says where there was nothing left to train, and tests the best checkpoint when asked to."""
+        path = self.config[self.subcommand].ckpt_path
+        if self._resumed_step == self.trainer.global_step and self.trainer.is_global_zero:
+            print(
+                f"nothing was trained: {path} is at the end of its run already; give a larger --trainer.max_epochs",
+                file=sys.stderr,
+            )
         if not self.config[self.subcommand].test_after_fit or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # by its path: "best" makes Lightning warn that there are two checkpoint callbacks
@@ -194,10 +293,12 @@ class AWConvCLI(LightningCLI):
     def _reporting_interrupts(self) -> Iterator[None]:
         try:
             yield
+        except Preempted:
+            raise
         except SystemExit:  # what Lightning makes of Ctrl-C, once everything is shut down
             if not self.trainer.interrupted:
                 raise
-            last = Path(self.config_init[self.subcommand].checkpoint.dirpath or "", "last.ckpt")
+            last = Path(self.config_init[self.subcommand].last_checkpoint.dirpath or "", LAST)
             found = f"the last checkpoint is {last}" if last.is_file() else "no checkpoint had been written yet"
             print(f"interrupted: {found}" if self.subcommand == "fit" else "interrupted", file=sys.stderr)
             sys.exit(130)
@@ -211,87 +312,44 @@ class _Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(one_line(message, self))
+        fail(one_line(message, self))
 
 
-class _RunRecorder(SaveConfigCallback):
-    """Keeps the resolved config in the run folder, in every checkpoint and in Weights & Biases."""
+class _SyncBatchNorm(TorchSyncBatchNorm):
+    """SyncBatchNorm for timm's networks too, whose BatchNorm may hold the activation: torch's conversion drops it."""
 
-    # what belongs to one call of one command, and would be refused or misunderstood by the next
-    _NOT_KEPT = ("ckpt_path", "verbose", "return_predictions")
+    def apply(self, model: nn.Module) -> nn.Module:
+        converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return converted
 
-    def __init__(self, parser: LightningArgumentParser, config: Any, *, run_dir: str, typed: Any) -> None:
-        super().__init__(parser, config, save_to_log_dir=False)
-        self._run_dir = Path(run_dir)
-        dumped: dict[str, Any] = yaml.safe_load(parser.dump(typed, skip_none=False))
-        self._resolved = {key: value for key, value in dumped.items() if key not in self._NOT_KEPT}
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        (self._run_dir / "config.yaml").write_text(yaml.safe_dump(self._resolved, sort_keys=False))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.experiment.config.update(self._resolved, allow_val_change=True)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self._resolved
+    def revert(self, model: nn.Module) -> nn.Module:
+        # nothing to revert: in evaluation, and in a single process, SyncBatchNorm is BatchNorm
+        return model
 
 
-def _writable(root: str | None) -> str:
-    if not root:
-        raise InputError("trainer.default_root_dir is empty; give the folder that runs go to, such as runs")
-    there = Path(root)
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        what = "is no folder" if not there.is_dir() else "cannot be written to"
-        raise InputError(f"trainer.default_root_dir={root!r}: {there} {what}; give another")
-    return root
+_HOW_TO_GIVE_WEIGHTS = "give --ckpt_path best (the newest run's), --ckpt_path FILE, or --model.initial_weights FILE"
+_KINDS = {
+    "classification": (ClassificationTask, ClassificationDataModule, "recipes/digits.yaml", "models/aw_resnet20.yaml"),
+    "detection": (
+        DetectionTask,
+        COCODataModule,
+        "recipes/digit_scenes.yaml",
+        "models/aw_faster_rcnn_resnet18_small.yaml",
+    ),
+}
 
 
-def _run_dir(root: str, config: Any, subcommand: str) -> str:
-    def short(section: Any, suffix: str) -> str:
-        return str(section.class_path).rsplit(".", 1)[-1].removesuffix(suffix).lower()
-
-    init_args = config.model.get("init_args") or {}
-    words = [init_args.get(key, None) for key in ("attention", "backbone")]
-    attention, backbone = (word if isinstance(word, str) else "" for word in words)
-    aw = "aw" if init_args.get("aw", None) else ""
-    model = "_".join(filter(None, [aw, attention, backbone or short(config.model, "Task")]))
-    name = re.sub(r"[^\w.+-]+", "-", f"{short(config.data, 'DataModule')}-{model}")
-    # processes and users that start in the same second must not share a folder
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return str(Path(root, name, stamp if subcommand == "fit" else f"{stamp}-{subcommand}"))
-
-
-def _bad_input(error: BaseException) -> str | None:
-    """Finds what the user did wrong behind an exception; the parser wraps those of constructors in its own."""
-    text = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return text
-    if isinstance(error, MisconfigurationException) and "monitor" in text:
-        return f"{text} (--checkpoint.monitor names the metric that best.ckpt follows)"
-    if type(error).__module__.startswith("wandb.") and type(error).__name__ == "UsageError":
-        return f"{text} (log in with `wandb login`, or set WANDB_MODE=offline)"
-    if error.__cause__ is not None:
-        return _bad_input(error.__cause__)
-    if error.__context__ is not None and "Does not validate against any of the Union subtypes" in text:
-        return _bad_input(error.__context__)
-    return None
-
-
-def _silence_libraries() -> None:
-    """Drops what a user can do nothing about: advertisements, deprecations inside libraries, worker counts."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in str(record.msg))
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
-    # another logger may have made the run folder, which is this run's alone
-    warnings.filterwarnings("ignore", message=r"Experiment logs directory .* exists and is not empty")
-    # digits live in memory, where worker processes only cost
-    warnings.filterwarnings("ignore", message=r".*does not have many workers")
-    warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
-
-
-def _fail(message: str) -> NoReturn:
-    rank = os.environ.get("LOCAL_RANK", "0")
-    print(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
-    sys.exit(2)
+def _require_one_kind(config: Any) -> type:
+    """Refuses a classifier on boxes, or a detector on classes, and gives the task's class."""
+    task, data = (resolve_name(config[section].class_path) for section in ("model", "data"))
+    if not (isinstance(task, type) and isinstance(data, type)):  # functions that make them
+        return L.LightningModule
+    for kind, (task_base, _, *configs) in _KINDS.items():
+        other = next((name for name in _KINDS if name != kind and issubclass(data, _KINDS[name][1])), None)
+        if issubclass(task, task_base) and other:
+            fitting = " ".join(f"-c configs/{path}" for path in configs)
+            raise InputError(
+                f"model={task.__name__} is for {kind} and data={data.__name__} for {other}; "
+                f"give a recipe and a model of one kind, such as {fitting}"
+            )
+    return task

@@ -7,22 +7,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from awconv.callbacks.checkpoints import find_run, read_checkpoint
 from awconv.errors import InputError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # what the model learns from the data, so that nobody has to type it
-LINKED = ("num_classes", "class_names", "in_channels", "image_size")
+LINKED = ("num_classes", "class_names", "category_ids", "in_channels", "image_size", "max_size")
 
 
 def complete(args: list[str]) -> list[str]:
     """Puts the base config and the configs before the flags, and names the checkpoint file that is meant.
 
-    The base is the config that the checkpoint carries where ``--ckpt_path`` is given, else the embedded default where
-    no config names a model or data. All of a checkpoint's config is the base of ``fit``, which goes on with that run;
-    its data and model are the base of the other commands.
+    The base is the config that the checkpoint carries where ``--ckpt_path`` or ``--resume`` is given, else the embedded
+    default where no config names a model or data. All of a checkpoint's config is the base of ``fit``, which goes on
+    with that run; its data, model and best metric are the base of the other commands.
 
     Args:
         args: The words after the program's name.
@@ -42,8 +42,23 @@ def complete(args: list[str]) -> list[str]:
     _refuse_linked(flags, configs)
 
     asked, flags = _split(flags, "--ckpt_path")
+    resumed, flags = _split(flags, "--resume")
+    resumed += [] if resumed else [str(c["resume"]) for c in configs if c.get("resume") is not None]
+    if resumed:
+        if subcommand != "fit" or asked:
+            raise InputError(
+                f"resume={resumed[-1]!r} lets a run go on in its own folder, by fit and without ckpt_path; for a new "
+                "run from its checkpoint, or to test it, give --ckpt_path alone"
+            )
+        run_dir, start = find_run(Path(resumed[-1]))
+        flags.append(f"--resume={run_dir}")
+        if start.suffix == ".ckpt":
+            asked = [str(start)]
+        else:  # it was ended before its first checkpoint, and begins again
+            paths = [str(start), *paths]
+            configs = [_read_config(start), *configs]
     asked += [] if asked else [str(c["ckpt_path"]) for c in configs if c.get("ckpt_path") is not None]
-    base = None
+    base = checkpoint = None
     if asked and asked[-1] not in ("null", "None"):
         roots = [
             str(c["trainer"]["default_root_dir"]) for c in configs if "default_root_dir" in (c.get("trainer") or {})
@@ -55,6 +70,9 @@ def complete(args: list[str]) -> list[str]:
     elif not any(_names_a_class(config) for config in configs):
         base = files("awconv.cli").joinpath("default.yaml").read_text()
     ordered = [base, *paths] if base else paths
+    if checkpoint and any(_initial_weights(config) for config in configs):
+        # the checkpoint's weights replace those that a recipe starts from, which nobody should have to fetch again
+        ordered.append("model: {init_args: {initial_weights: null}}")
     return [subcommand, *(f"--config={config}" for config in ordered), *flags]
 
 
@@ -64,6 +82,11 @@ def _names_a_class(config: dict[str, Any]) -> bool:
     return any(
         isinstance(section, str) or (isinstance(section, dict) and "class_path" in section) for section in sections
     )
+
+
+def _initial_weights(config: dict[str, Any]) -> Any:
+    model = config.get("model")
+    return (model.get("init_args") or {}).get("initial_weights") if isinstance(model, dict) else None
 
 
 def _split(words: list[str], option: str) -> tuple[list[str], list[str]]:
@@ -125,29 +148,20 @@ def _resolve_checkpoint(value: str, root: Path) -> Path:
 
 
 def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | None:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler, the zip reader and the file system each raise their own kinds
-        raise InputError(
-            f"ckpt_path={str(path)!r} is not a checkpoint that can be loaded as weights only "
-            f"({type(error).__name__}); it is damaged, another kind of file, or carries code, which is never run"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(
-            f"ckpt_path={str(path)!r} is no checkpoint of a run; bare weights go into --model.initial_weights"
-        )
+    checkpoint = read_checkpoint(path, "ckpt_path")
     config = checkpoint.get("config")
     if config is None:
         if has_config:
             return None
         raise InputError(f"ckpt_path={str(path)!r} carries no config; give with -c the configs it was trained with")
     if subcommand != "fit":
-        config = {key: config[key] for key in ("seed_everything", "data", "model")}
+        config = {key: config[key] for key in ("seed_everything", "data", "model", "checkpoint") if key in config}
     model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
     if "initial_weights" in model:
         model["initial_weights"] = None  # they are in the checkpoint
-    if "class_names" in data:
-        # the classes that the network knows: pictures can be predicted where the data set itself is not
-        data["class_names"] = checkpoint.get("hyper_parameters", {}).get("class_names")
+    for name in ("class_names", "category_ids"):
+        if name in data:
+            # the classes that the network knows: pictures can be predicted where the data set itself is not
+            data[name] = checkpoint.get("hyper_parameters", {}).get(name)
     dumped: str = yaml.safe_dump(config)
     return dumped

@@ -1,15 +1,26 @@
-"""Saying in one line what the parser says in many."""
+"""What a user is told: in one line, where the parser or an exception says it in many."""
 
 import difflib
+import errno
 import inspect
+import os
 import re
+import sys
+from typing import NoReturn
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser
 
 import awconv.data
 import awconv.tasks
-from awconv.cli.arguments import SUBCOMMANDS
+from awconv.cli.arguments import LINKED, SUBCOMMANDS
+from awconv.errors import InputError
+
+# a full disk, a quota, a limit on the size of files, a file system that cannot be written to
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# what gloo and the rendezvous say when the process at the other end is gone
+PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|failed to recv, got 0 bytes")
 
 
 def one_line(message: str, parser: LightningArgumentParser) -> str:
@@ -20,8 +31,8 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
     if "subcommand" in text and not text.startswith("Parser"):
         return f"{text.split(' (')[0].rstrip('.')}; choose one of {', '.join(SUBCOMMANDS)}"
     if missing := re.search(r"required: (.+)", text):
-        name = missing[1].rsplit(".", 1)[-1]
-        return f"{name} is required{_HOW_TO_GIVE.get(name, '')}"
+        names = [name.rsplit(".", 1)[-1] for name in missing[1].split(", ")]
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} required{_HOW_TO_GIVE.get(names[0], '')}"
     if "expected one argument" in text:
         return f"{text.split()[1].rstrip(':')} or one of its options has no value; give it one after a space or ="
     key = re.search(r'Parser key "([\w.]+)"', text)
@@ -48,10 +59,11 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
     return f"{key[1]}={value[1]!r} is not valid; expected {types.replace(', ', ' or ')}"
 
 
-_BASES = (awconv.tasks.BaseTask, awconv.data.ClassificationDataModule)
+_BASES = (awconv.tasks.BaseTask, awconv.data.BaseDataModule, awconv.data.ClassificationDataModule)
 _HOW_TO_GIVE = {
     "backbone": ": add a model, such as -c configs/models/aw_resnet20.yaml or --model.backbone resnet50",
     "model": ": add a model, such as -c configs/models/aw_resnet20.yaml",
+    "head": ": add a detector, such as -c configs/models/aw_faster_rcnn_resnet18_fpn.yaml or --model.head faster_rcnn",
     "data": ": add a recipe, such as -c configs/recipes/cifar10.yaml",
 }
 
@@ -76,9 +88,47 @@ def _nearest_option(name: str, parser: LightningArgumentParser) -> str:
             for ancestor in cls.__mro__:
                 if not ancestor.__module__.startswith(("lightning.", "torch", "builtins")):
                     options |= {f"{section}.{name}" for name in inspect.signature(ancestor).parameters}
+    # which the data decide
+    options = {option for option in options if option.startswith("data.") or option.rsplit(".", 1)[-1] not in LINKED}
     tail = name.rsplit(".", 1)[-1]
     by_tail = {option.rsplit(".", 1)[-1]: option for option in sorted(options)}
     near = difflib.get_close_matches(tail, by_tail, n=1)
     if near and near[0] == tail:
         return f": {by_tail[tail]} is an option of some classes, but not of the one chosen"
     return f"; did you mean {by_tail[near[0]]}?" if near else "; --help lists the options"
+
+
+def bad_input(error: BaseException) -> str | None:
+    """Finds what the user did wrong behind an exception; the parser wraps those of constructors in its own."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, MisconfigurationException) and "monitor" in text:
+        return f"{text} (--checkpoint.monitor names the metric that best.ckpt follows)"
+    if type(error).__module__.startswith("wandb.") and type(error).__name__ == "UsageError":
+        return f"{text} (log in with `wandb login`, or set WANDB_MODE=offline)"
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename} cannot be opened ({error.strerror}); change its permissions, or name another"
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return (
+            f"{error.filename or 'a file of the run'} could not be written ({error.strerror}); checkpoints written "
+            "before are untouched: make room, or give another folder with --trainer.default_root_dir, then go on by "
+            "--resume"
+        )
+    if isinstance(error, ValueError) and text.startswith("Expected more than 1 value per channel"):
+        return (
+            f"{text}: a normalisation sees one value a channel in a batch of one picture; give --data.batch_size of at "
+            "least 2, or for a detector --model.norm group"
+        )
+    if error.__cause__ is not None:
+        return bad_input(error.__cause__)
+    if error.__context__ is not None and "Does not validate against any of the Union subtypes" in text:
+        return bad_input(error.__context__)
+    return None
+
+
+def fail(message: str) -> NoReturn:
+    """Says what the user did wrong, and ends the process with exit code 2."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    print(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import os
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from lightning.pytorch.callbacks import Callback
 
-from awconv.callbacks.figures import draw_confusion_matrix, draw_contact_sheet, save_png
+from awconv.callbacks.canvas import save_png
+from awconv.callbacks.classification_figures import draw_confusion_matrix, draw_contact_sheet
+from awconv.callbacks.run_files import Files, RunFiles, class_names_of, gather, write_csv
 from awconv.errors import InputError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
 TOP = 5  # classes told for every prediction
 
 # A picture's path and its most probable classes with their probabilities, best first.
 _Prediction = tuple[str, list[tuple[str, float]]]
-# What each file is called, for people, and how its contents get into a given path.
-_Files = dict[str, tuple[str, Callable[[Path], None]]]
 
 
-class ClassificationReport(Callback):
+class ClassificationReport(RunFiles):
     """Writes what a test and a prediction found into the run's folder, and prints the paths at the end.
 
     The folder is ``trainer.log_dir``, or ``trainer.default_root_dir`` where there is none.
@@ -43,10 +38,7 @@ class ClassificationReport(Callback):
 
     A module without these is left alone, so the callback may stand in a trainer shared with other tasks.
 
-    Every file appears whole or not at all. A file that this callback wrote itself is replaced when the same
-    trainer tests or predicts again; a file that was there before is never touched, and the new ones are then
-    numbered (``predictions_2.csv``, ``predictions_2.png``). With ``fast_dev_run`` everything is computed and
-    drawn, but nothing is written, as Lightning writes no logs and checkpoints then.
+    What becomes of files that are there already, and of ``fast_dev_run``, see :class:`RunFiles`.
 
     Args:
         max_pictures: the most pictures on the contact sheet; of more predictions, so many are shown, evenly
@@ -59,11 +51,10 @@ class ClassificationReport(Callback):
     def __init__(self, max_pictures: int = 36) -> None:
         if max_pictures < 1:
             raise InputError(f"max_pictures={max_pictures}: expected at least 1")
+        super().__init__()
         self.max_pictures = max_pictures
         self._confusion: npt.NDArray[np.int64] | None = None
         self._predictions: list[_Prediction] = []
-        self._written: set[Path] = set()
-        self._announcements: list[str] = []
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the confusion matrix, on every rank since that is a collective, before anyone resets it."""
@@ -75,8 +66,8 @@ class ClassificationReport(Callback):
         if self._confusion is None:
             return
         confusion, self._confusion = self._confusion, None
-        names = _class_names(pl_module, len(confusion))
-        self._write(
+        names = class_names_of(pl_module, len(confusion))
+        self.write(
             trainer,
             {
                 "per_class_accuracy.csv": (
@@ -111,7 +102,7 @@ class ClassificationReport(Callback):
         if not isinstance(outputs, Mapping) or not {"path", "probabilities"} <= outputs.keys():
             return
         probabilities = outputs["probabilities"].detach().float().cpu()
-        names = _class_names(pl_module, probabilities.shape[1])
+        names = class_names_of(pl_module, probabilities.shape[1])
         # A stable sort, unlike topk, gives ties to the lower class on every device.
         values, classes = (
             ordered[:, :TOP].tolist() for ordered in probabilities.sort(dim=1, descending=True, stable=True)
@@ -124,14 +115,10 @@ class ClassificationReport(Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gathers all processes' predictions on rank 0, once, and writes them."""
-        predictions, self._predictions = self._predictions, []
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Also where this rank has nothing: the others wait for it.
-            gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            torch.distributed.gather_object(predictions, gathered)
-            predictions = [prediction for of_rank in gathered or [] for prediction in of_rank]
+        predictions: list[_Prediction] = gather(trainer, self._predictions)
+        self._predictions = []
         predictions.sort(key=lambda prediction: prediction[0])
-        files: _Files = {
+        files: Files = {
             "predictions.csv": ("predictions", lambda path: _write_predictions(path, predictions)),
             "predictions.png": (
                 "contact sheet",
@@ -147,56 +134,11 @@ class ClassificationReport(Callback):
             ),
         }
         # Every rank calls it, though only rank 0 has predictions now: to find the folder is a collective.
-        self._write(trainer, files if predictions else {})
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prints the paths, below Lightning's own table of results."""
-        for line in self._announcements:
-            print(line)
-        self._announcements = []
-
-    def _write(self, trainer: pl.Trainer, files: _Files) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero:
-            return
-        if getattr(trainer, "fast_dev_run", False):
-            with TemporaryDirectory() as scratch:
-                for name, (_, write) in files.items():
-                    write(Path(scratch, name))
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in count(1):
-            suffix = f"_{number}" if number > 1 else ""
-            paths = [folder / f"{Path(name).stem}{suffix}{Path(name).suffix}" for name in files]
-            if all(path in self._written or not path.exists() for path in paths):
-                break
-        for path, (label, write) in zip(paths, files.values(), strict=True):
-            # Hidden, and in the same folder: os.replace is atomic only within one file system.
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                write(temporary)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            self._written.add(path)
-            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-            self._announcements.append(f"{label}: {shown}")
-
-
-def _class_names(pl_module: pl.LightningModule, classes: int) -> list[str]:
-    names: Any = getattr(pl_module, "class_names", None)
-    if names is None:
-        return [str(k) for k in range(classes)]
-    if len(names) != classes:
-        raise InputError(
-            f"class_names of {type(pl_module).__name__} has {len(names)} names: "
-            f"expected {classes}, one for each output of the model"
-        )
-    return [str(name) for name in names]
+        self.write(trainer, files if predictions else {})
 
 
 def _write_accuracies(path: Path, confusion: npt.NDArray[np.int64], names: Sequence[str]) -> None:
-    _write_csv(
+    write_csv(
         path,
         ["class", "images", "correct", "accuracy"],
         [
@@ -216,12 +158,4 @@ def _write_predictions(path: Path, predictions: Sequence[_Prediction]) -> None:
     for file, top in predictions:
         fields = [field for name, value in top for field in (name, f"{value:.6f}")]
         rows.append([file, *fields[:2], *fields])
-    _write_csv(path, header, rows)
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    # surrogateescape: file names on Linux are bytes, and must come out as they went in.
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+    write_csv(path, header, rows)

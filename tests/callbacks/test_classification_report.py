@@ -3,7 +3,6 @@
 import csv
 import itertools
 import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -20,8 +19,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from awconv.callbacks import ClassificationReport, draw_confusion_matrix, draw_contact_sheet
-from awconv.callbacks.figures import _COLOURS
+from awconv.callbacks.classification_figures import _COLOURS, PredictedPicture, draw_prediction_sheet
+from awconv.data.pictures import read_picture
 from awconv.errors import InputError
+from processes import spawn_two
 
 NAMES = ["cat", "Straße_$x$", "日本", "dog, or $\\frac{", "a, b\n c", "frog"]
 K = len(NAMES)
@@ -192,7 +193,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("awconv.callbacks.report.csv.writer", full_disk)
+    monkeypatch.setattr("awconv.callbacks.run_files.csv.writer", full_disk)
     with pytest.raises(OSError, match="no space"):
         make_trainer(tmp_path, ClassificationReport()).test(
             Classifier(), evaluation_batches(*logits_and_targets()), verbose=False
@@ -209,7 +210,7 @@ def test_fast_dev_run_draws_but_writes_nothing(tmp_path, monkeypatch, capsys, lo
         drawn.append(draw_confusion_matrix(*args))
         return drawn[-1]
 
-    monkeypatch.setattr("awconv.callbacks.report.draw_confusion_matrix", spy)
+    monkeypatch.setattr("awconv.callbacks.classification_report.draw_confusion_matrix", spy)
     pictures = make_pictures(tmp_path / "in", 3)
     trainer = make_trainer(tmp_path, ClassificationReport(), fast_dev_run=True, logger=logger)
     logits, targets = logits_and_targets()
@@ -323,18 +324,7 @@ def test_undecodable_file_names_come_out_as_they_went_in(tmp_path):
 # --- two processes ---
 
 
-def _in_one_of_two_processes(rank, port, folder, pictures):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "TORCHELASTIC_RUN_ID": "test",  # tells Lightning that the processes exist already
-    }
-    torch.set_num_threads(1)
+def _in_one_of_two_processes(rank, folder, pictures):
     callback = ClassificationReport()
     trainer = make_trainer(folder, callback, devices=2, strategy="ddp", use_distributed_sampler=False)
     logits, targets = logits_and_targets()
@@ -349,10 +339,7 @@ def _in_one_of_two_processes(rank, port, folder, pictures):
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(tmp_path):
     pictures = make_pictures(tmp_path / "in", 9)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_in_one_of_two_processes, (port, tmp_path / "two", pictures), nprocs=2)
+    spawn_two(_in_one_of_two_processes, tmp_path / "two", pictures)
 
     logits, targets = logits_and_targets()
     alone = make_trainer(tmp_path / "one", ClassificationReport())
@@ -575,10 +562,11 @@ def test_every_mode_of_pictures_is_drawn(tmp_path, mode):
     assert pixels[:, 0].mean() < 15
 
 
-def test_transparent_parts_are_white(tmp_path):
-    Image.new("RGBA", (5, 5), (255, 0, 0, 0)).save(tmp_path / "a.png")
+def test_transparent_parts_are_drawn_as_the_network_gets_them(tmp_path):
+    Image.new("RGBA", (5, 5), (255, 30, 0, 0)).save(tmp_path / "a.png")
     (image,) = draw_contact_sheet([tmp_path / "a.png"], ["a"], [1.0]).axes[0].images
-    assert np.asarray(image.get_array()).min() == 255
+    assert (np.asarray(image.get_array()) == [255, 30, 0]).all()
+    assert (read_picture(tmp_path / "a.png").permute(1, 2, 0).numpy() == [255, 30, 0]).all()
 
 
 def test_unreadable_files_are_told_and_cost_no_others(tmp_path):
@@ -613,3 +601,39 @@ def test_missing_glyphs_are_told_once(tmp_path):
     messages = [str(warning.message) for warning in caught]
     assert not any("missing from font" in message for message in messages)
     assert sum("installed fonts lack" in message for message in messages) == 1
+
+
+# ---- the sheet of predictions --------------------------------------------------------------------------------------
+
+
+def some_predictions(n, size=(40, 30)):
+    picture = Image.new("RGB", size, (10, 120, 200))
+    return [PredictedPicture(picture, k % K, (k * k) % K, 0.9 - k / 50, k / 50, 1.5) for k in range(n)]
+
+
+@pytest.mark.parametrize("counts", [(1, 0), (3, 5), (12, 12), (0, 2)])
+def test_a_sheet_of_predictions_is_readable(counts):
+    parts = dict(zip(("A fixed sample", "Highest loss"), map(some_predictions, counts), strict=True))
+    figure = draw_prediction_sheet(parts, NAMES)
+    assert_readable(figure)
+    strings = strings_of(figure)
+    assert [heading for heading in parts if parts[heading]] == [s for s in strings if s in parts]
+    shown = [entry for part in parts.values() for entry in part]
+    assert sum(s.startswith("is ") for s in strings) == sum(entry.target != entry.predicted for entry in shown)
+    wrong = [text.get_text() for text in texts_of(figure) if text.get_color() == "#c8102e"]
+    assert wrong.count("90.0%") == sum(e.target != e.predicted and e.probability == 0.9 for e in shown)
+
+
+def test_a_probability_that_is_no_number_can_be_drawn():
+    entry = some_predictions(1)[0]._replace(probability=float("nan"), of_target=float("nan"), predicted=2)
+    assert_readable(draw_prediction_sheet({"Highest loss": [entry]}, NAMES))
+
+
+def test_a_sheet_without_pictures_is_refused():
+    with pytest.raises(InputError, match="parts holds no pictures"):
+        draw_prediction_sheet({"Highest loss": []}, NAMES)
+
+
+def test_the_title_of_a_confusion_matrix_says_of_what():
+    strings = strings_of(draw_confusion_matrix(np.eye(K, dtype=int), NAMES, of="validation images"))
+    assert "Top-1 100.00% on 6 validation images" in strings

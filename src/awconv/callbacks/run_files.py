@@ -1,0 +1,144 @@
+"""Leaving files in a run's folder: whole or not at all, over nobody else's, by one process, and told at the end."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from awconv.errors import InputError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+# What each file (or folder) is called, for people, and how its contents get into a given path.
+Files = dict[str, tuple[str, Callable[[Path], None]]]
+
+
+class RunFiles(Callback):
+    """What the reports share: a callback that writes into the run's folder and prints the paths at the end.
+
+    The folder is ``trainer.log_dir``, or ``trainer.default_root_dir`` where there is none.
+
+    Every file appears whole or not at all. A file that this callback wrote itself is replaced when the same
+    trainer tests or predicts again; a file that was there before is never touched, and the new ones are then
+    numbered (``predictions_2.csv``, ``predictions_2.png``). With ``fast_dev_run`` everything is computed and
+    drawn, but nothing is written, as Lightning writes no logs and checkpoints then.
+    """
+
+    def __init__(self) -> None:
+        self._written: set[Path] = set()
+        self._announcements: list[str] = []
+
+    def write(self, trainer: pl.Trainer, files: Files, remarks: Sequence[str] = ()) -> None:
+        """Writes files, all with the same number, and keeps ``remarks`` and the paths to be printed.
+
+        Every process must call it, since to find the folder is a collective; the first one writes.
+
+        Args:
+            trainer: whose folder it is.
+            files: file name to what it is and the function that writes it, or makes a folder, at a given path.
+            remarks: lines to print above the paths.
+        """
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero:
+            return
+        if getattr(trainer, "fast_dev_run", False):
+            with TemporaryDirectory() as scratch:
+                for name, (_, write) in files.items():
+                    write(Path(scratch, name))
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            suffix = f"_{number}" if number > 1 else ""
+            paths = [folder / f"{Path(name).stem}{suffix}{Path(name).suffix}" for name in files]
+            if all(path in self._written or not path.exists() for path in paths):
+                break
+        self._announcements += remarks
+        for path, (label, write) in zip(paths, files.values(), strict=True):
+            with whole(path) as temporary:
+                write(temporary)
+            self._written.add(path)
+            shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+            self._announcements.append(f"{label}: {shown}")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prints the paths, below Lightning's own table of results."""
+        for line in self._announcements:
+            print(line)
+        self._announcements = []
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary path, which takes the place of ``path`` when all went well, and leaves nothing otherwise.
+
+    A file or folder at ``path`` is replaced; whoever reads it meanwhile sees the one before.
+    """
+    # Hidden, and in the same folder: os.replace is atomic only within one file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if path.is_dir():  # over which os.replace would not go
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def gather(trainer: pl.Trainer, items: list[Any]) -> list[Any]:
+    """All processes' items on the first one, in the order of the processes; nothing on the others.
+
+    A collective: a process without items must call it too, as the others wait for it.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return items
+    gathered: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    torch.distributed.gather_object(items, gathered)
+    return [item for of_rank in gathered or [] for item in of_rank]
+
+
+def of_all(trainer: pl.Trainer, item: Any) -> list[Any]:
+    """What every process has, on every process, in their order; a collective, as :func:`gather` is."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [item]
+    items: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(items, item)
+    return items
+
+
+def class_names_of(pl_module: pl.LightningModule, classes: int) -> list[str]:
+    """The module's ``class_names``; numbers from 0 where it has none.
+
+    Raises:
+        InputError: if there are not as many names as ``classes``.
+    """
+    names: Any = getattr(pl_module, "class_names", None)
+    if names is None:
+        return [str(k) for k in range(classes)]
+    if len(names) != classes:
+        raise InputError(
+            f"class_names of {type(pl_module).__name__} has {len(names)} names: "
+            f"expected {classes}, one for each output of the model"
+        )
+    return [str(name) for name in names]
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a CSV file in which undecodable file names come out as they went in."""
+    # surrogateescape: file names on Linux are bytes
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,158 @@
+"""The folder that a run writes into: where it lies, what it is called, and what is kept in it for later."""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import time
+from pathlib import Path
+from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from awconv.callbacks import MetricsFile
+from awconv.callbacks.checkpoints import CONFIG, config_heading
+from awconv.callbacks.run_files import whole
+from awconv.errors import InputError
+
+_WANDB_ID = "wandb_run_id"
+_SETTINGS = {CONFIG, "hparams.yaml"}
+
+
+def choose_folder(config: Any, command: str) -> str:
+    """Says where a command writes to: where ``resume`` or ``run_dir`` say, else ``DEFAULT_ROOT_DIR/DATA-MODEL/TIME``.
+
+    Args:
+        config: The parsed config of the command.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        InputError: If nothing can be written there, or ``run_dir`` holds something.
+    """
+    if config.resume:
+        return _writable("resume", config.resume)
+    if config.run_dir:
+        # the first process decides: another one may see what the first has begun to write
+        if _is_first() and Path(config.run_dir).is_dir() and any(Path(config.run_dir).iterdir()):
+            raise InputError(
+                f"run_dir={config.run_dir!r} is not empty; give a new folder, or let the run there go on by --resume"
+            )
+        return _writable("run_dir", config.run_dir)
+    root = _writable("trainer.default_root_dir", config.trainer.default_root_dir)
+    # processes and users that start in the same second must not share a folder
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    return str(Path(root, experiment_name(config), stamp if command == "fit" else f"{stamp}-{command}"))
+
+
+def experiment_name(config: Any) -> str:
+    """Names what all seeds of an experiment have in common, ``DATA-MODEL``: ``digits-aw_resnet20``, say."""
+
+    def short(section: Any, suffix: str) -> str:
+        return str(section.class_path).rsplit(".", 1)[-1].removesuffix(suffix).lower()
+
+    init_args = config.model.get("init_args") or {}
+    words = [init_args.get(key, None) for key in ("head", "attention", "backbone")]
+    head, attention, backbone = (word if isinstance(word, str) else "" for word in words)
+    aw = "aw" if init_args.get("aw", None) else ""
+    model = "_".join(filter(None, [head, aw, attention, backbone or short(config.model, "Task")]))
+    return re.sub(r"[^\w.+-]+", "-", f"{short(config.data, 'DataModule')}-{model}")
+
+
+def lead_loggers(config: Any, run_dir: str) -> None:
+    """Lets the loggers write into the run's folder, and a resumed run go on in Weights & Biases where it ended."""
+    loggers = config.trainer.logger
+    known = Path(run_dir, _WANDB_ID)
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        init_args = logger.get("init_args") if hasattr(logger, "get") else None
+        if init_args is None:
+            continue
+        if init_args.get("save_dir", None) in ("runs", ".", None):
+            init_args["save_dir"] = run_dir
+        kind = resolve_name(logger.class_path)
+        if isinstance(kind, type) and issubclass(kind, WandbLogger) and config.resume and known.is_file():
+            init_args["id"] = init_args.get("id", None) or known.read_text().strip()
+
+
+def remove_if_nothing_ran(run_dir: Path) -> None:
+    """Removes the folder that a run has made, if its input was refused before it wrote more than its settings."""
+    files = [path for path in run_dir.glob("**/*") if not path.is_dir()]
+    if run_dir.is_dir() and {path.name for path in files} <= _SETTINGS:
+        shutil.rmtree(run_dir)
+
+
+def _writable(argument: str, folder: str | None) -> str:
+    if not folder:
+        raise InputError(f"{argument} is empty; give the folder that runs go to, such as runs")
+    there = Path(folder)
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"{argument}={folder!r}: {there} is no folder; give another")
+    if not _is_first():
+        return folder
+    try:  # what a file system says of its permissions need not be so
+        with TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a resumed run may find room before it writes
+            return folder
+        reason = os.strerror(error.errno or 0)
+        raise InputError(f"{argument}={folder!r}: {there} cannot be written to ({reason}); give another") from error
+    return folder
+
+
+def _is_first() -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+class RunRecorder(SaveConfigCallback):
+    """Keeps the resolved config in the run folder, in every checkpoint and in Weights & Biases, whose id it keeps too.
+
+    Args:
+        parser: The parser of the config.
+        config: The config that the run's objects were made from.
+        run_dir: The run's folder.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        typed: The config as it was typed, which can be run again into another folder.
+    """
+
+    # what belongs to one call of one command, and would be refused or misunderstood by the next
+    _NOT_KEPT = ("ckpt_path", "resume", "run_dir", "verbose", "return_predictions")
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, *, run_dir: str, command: str, typed: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self._heading = config_heading(command)
+        self._run_dir = Path(run_dir)
+        dumped: dict[str, Any] = yaml.safe_load(parser.dump(typed, skip_none=False))
+        self._resolved = {key: value for key, value in dumped.items() if key not in self._NOT_KEPT}
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Writes ``config.yaml`` and ``wandb_run_id``, on the first process alone."""
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        self._write(CONFIG, self._heading + yaml.safe_dump(self._resolved, sort_keys=False))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.experiment.config.update(self._resolved, allow_val_change=True)
+                if logger.version and not logger.experiment.disabled:
+                    self._write(_WANDB_ID, f"{logger.version}\n")
+
+    def _write(self, name: str, text: str) -> None:
+        with whole(self._run_dir / name) as temporary:
+            temporary.write_text(text)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes out of ``metrics.csv`` what a resumed run is about to log again."""
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsFile):
+                logger.forget_from(trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the config into the checkpoint."""
+        checkpoint["config"] = self._resolved

@@ -1,0 +1,43 @@
+"""Leaves unsaid what libraries say and nobody can do anything about."""
+
+import logging
+import warnings
+
+_ADVERTISEMENT = "Tip:"
+
+
+def silence_libraries(*, notes: bool = True) -> None:
+    """Drops advertisements, deprecations inside libraries, and warnings about what is meant to be so.
+
+    The command line does so by itself. A notebook calls it first, before it imports anything else of this project: some
+    libraries warn when they are imported.
+
+    Args:
+        notes: Keep what Lightning notes of a run: the seed, the devices, the size of the global batch.
+    """
+    for module in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        # the loggers that say it: importing Lightning sets the level of those above them
+        logger = logging.getLogger(f"lightning.{module}")
+        logger.addFilter(_is_no_advertisement)
+        if not notes:
+            logger.setLevel(logging.WARNING)
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\)",
+        # another logger may have made the run folder, which is this run's alone
+        r"Experiment logs directory .* exists and is not empty",
+        # a run that goes on by --resume; any other is refused
+        r"Checkpoint directory .* exists and is not empty",
+        # which the task refuses where its layers would be sharded
+        r"You're using the WeightAveraging callback with a model that overrides",
+        # digits live in memory, where worker processes only cost; recipes have as many as a GPU needs
+        r".*does not have many workers",
+        r"This DataLoader will create \d+ worker processes",
+        # tqdm, of a notebook without ipywidgets
+        r"IProgress not found",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return _ADVERTISEMENT not in str(record.msg)
