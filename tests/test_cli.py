@@ -116,6 +116,26 @@ def test_an_overlay_alone_goes_on_top_of_the_default(cli):
     assert printed["trainer"]["limit_train_batches"] == 4
 
 
+NUMBERS_IN_ANOTHER_ORDER = """
+from typing import Optional, Union
+Optional[Union[float, int]]  # as any library may have it, before Lightning is imported
+import yaml
+from awconv.cli import main
+main()
+"""
+
+
+def test_one_batch_is_one_batch_whatever_was_imported_before():
+    """And not 1.0, which means all of them."""
+    options = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0.5", "--trainer.val_check_interval=3"]
+    words = [sys.executable, "-c", NUMBERS_IN_ANOTHER_ORDER, "fit", *options, "--print_config"]
+    done = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True, check=True)
+    found = yaml.safe_load(done.stdout)["trainer"]
+    numbers = [found[name] for name in ("limit_train_batches", "limit_val_batches", "val_check_interval")]
+    assert numbers == [1, 0.5, 3]
+    assert list(map(type, numbers)) == [int, float, int]
+
+
 def test_print_config_is_a_config(cli, tmp_path):
     code, out, _ = cli("fit", "--print_config")
     assert code == 0

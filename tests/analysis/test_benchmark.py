@@ -351,7 +351,7 @@ def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys, mon
     assert records["benchmark"] == "layers"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", records["date"])
     assert records["versions"]["torch"] == torch.__version__
-    assert set(records["versions"]) == {"python", "torch", "timm", "awconv"}
+    assert set(records["versions"]) == {"python", "torch", "torchvision", "timm", "awconv"}
     assert records["arguments"] == {"device": "cpu", "batch": 1, "dtype": "float32", "repeats": 3}
     assert len(records["rows"]) == 2 * 2 * len(CONTENDERS)
     first = records["rows"][0]
@@ -395,6 +395,12 @@ def refused(args, capsys):
         (["layers", "--dtype", "int8"], ["--dtype", "int8", "float32", "bfloat16", "float16"]),
         (["layers", "--device", "tpu"], ["--device", "tpu", "cpu", "cuda"]),
         (["layers", "--fast"], ["--fast"]),
+        (["loader", "--workers", "0"], ["--workers", "'0'", "from 1"]),
+        (["loader", "--dtype", "float32"], ["--dtype"]),
+        (["draw", "nowhere.json", "--out", "picture.png"], ["nowhere.json", "cannot be read"]),
+        (["draw", "README.md", "--out", "picture.png"], ["README.md", "cannot be read as a record"]),
+        (["draw", "README.md"], ["--out"]),
+        (["draw", "README.md", "--out", "README.md"], ["--out README.md", "exists"]),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(args, told, capsys):

@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +57,7 @@ MINIATURE = {
 # what a machine without accelerators, a second node or a hub needs
 ON_A_CPU = {
     "gpu": ["--trainer.accelerator=cpu"],
+    "fast": ["--trainer.accelerator=cpu", "--model.compile=false"],  # which takes a minute, and has a test of its own
     "ddp": ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.sync_batchnorm=false"],
     "model_parallel": [
         "--trainer.accelerator=cpu",
@@ -194,13 +193,7 @@ def test_every_overlay_trains(cli, tmp_path, overlay, recipe_options, monkeypatc
     options = [*recipe_options(recipe), *ON_A_CPU.get(overlay.stem, [])]
     if overlay.stem.startswith("overfit"):
         options = [o for o in options if "limit_train" not in o] + ["--trainer.max_epochs=2"]
-    if overlay.stem == "debug":
-        # in a process of its own: late in a long test process, anomaly detection has been seen to take minutes
-        words = ["lightning_cli.py", "fit", *map(str, configs), *options]
-        done = subprocess.run([sys.executable, *words], cwd=PROJECT, capture_output=True, text=True)
-        code, err = done.returncode, done.stderr
-    else:
-        code, _, err = cli("fit", *configs, *options)
+    code, _, err = cli("fit", *configs, *options)
     assert code == 0, err
     (run,) = (tmp_path / "runs").glob("*/*")
     saved = yaml.safe_load((run / "config.yaml").read_text())
@@ -234,15 +227,18 @@ def test_the_compile_overlay_trains(cli, tmp_path, recipe_options):
     assert b"_orig_mod" not in checkpoint.read_bytes()
 
 
-COMBINATIONS = [(model, attention) for model in CLASSIFIERS for attention in ATTENTION]
+# every model with one of them; that every network takes and trains with each is shown in tests/models
+COMBINATIONS = [(CONFIGS / "models/aw_resnet20.yaml", attention) for attention in ATTENTION]
+COMBINATIONS += [
+    (model, attention)
+    for model, attention in zip(CLASSIFIERS, itertools.cycle(ATTENTION), strict=False)
+    if (model, attention) not in COMBINATIONS
+]
 
 
 @pytest.mark.parametrize(
     ("model", "attention"),
-    [
-        pytest.param(model, attention, marks=pytest.mark.slow if "101" in model.stem else [])
-        for model, attention in COMBINATIONS
-    ],
+    COMBINATIONS,
     ids=lambda value: value if isinstance(value, str) else value.stem,
 )
 def test_activation_attention_is_one_flag_on_top(cli, tmp_path, model, attention, recipe_options):

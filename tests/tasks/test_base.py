@@ -196,6 +196,25 @@ def test_an_option_that_the_optimiser_does_not_take(tmp_path):
         trainer(tmp_path).fit(task(optimizer_options={"betas": [0.9, 0.99]}), Data())
 
 
+@pytest.mark.parametrize(
+    ("options", "run", "fused"),
+    [
+        ({}, {}, True),
+        ({"optimizer": "adamw"}, {}, True),
+        ({"optimizer": "adadelta"}, {}, None),  # has none
+        ({"optimizer_options": {"foreach": True}}, {}, None),
+        ({"optimizer_options": {"fused": False}}, {}, False),
+        ({}, {"gradient_clip_val": 1.0}, None),
+    ],
+)
+def test_an_optimiser_is_fused_on_cuda_where_it_can_be(tmp_path, monkeypatch, options, run, fused):
+    model = task(lr_schedule="constant", **options)
+    trainer(tmp_path, max_epochs=1, **run).fit(model, Data())
+    assert not model._build_optimizer().defaults.get("fused")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert model._build_optimizer().defaults.get("fused") == fused
+
+
 # ---- averaging -----------------------------------------------------------------------------------
 
 

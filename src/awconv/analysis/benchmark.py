@@ -1,6 +1,6 @@
 """What AW-convolution costs in time and memory, beside a plain convolution and its peers.
 
-Run it as ``python -m awconv.analysis.benchmark layers``, or ``network``.
+Run it as ``python -m awconv.analysis.benchmark layers``, ``network`` or ``loader``; ``draw`` draws a record.
 """
 
 import argparse
@@ -291,9 +291,19 @@ def main(args: Sequence[str] | None = None) -> None:
     network.add_argument("--batch", type=_positive, metavar="N", help="pictures (default: 4 on cpu, 128 on cuda)")
     network.add_argument("--size", type=_positive, metavar="PIXELS", help="default: 64 on cpu, 224 on cuda")
     network.add_argument("--compile", action="store_true", help="measure the networks compiled too")
+    loader = commands.add_parser("loader", help="pictures on their way to a network", description=_loader.__doc__)
+    loader.set_defaults(run=_loader, dtype=None)
+    loader.add_argument("--batch", type=_positive, metavar="N", help="pictures (default: 64 on cpu, 256 on cuda)")
+    loader.add_argument("--workers", type=_positive, metavar="W", help="processes (default: one a core, 16 at most)")
+    loader.add_argument("--root", type=Path, metavar="FOLDER", help="holds train/CLASS/*.jpg (default: drawn pictures)")
+    draw = commands.add_parser("draw", help="a picture of a record of layers", description=_draw.__doc__)
+    draw.set_defaults(run=_draw)
+    draw.add_argument("record", type=Path, help="what layers --json FILE wrote")
+    draw.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture; never over a file")
     for command in (layers, network):
-        command.add_argument("--device", choices=sorted(_BATCHES), default="cpu", help="default: cpu")
         command.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="default: float32")
+    for command in (layers, network, loader):
+        command.add_argument("--device", choices=sorted(_BATCHES), default="cpu", help="default: cpu")
         command.add_argument("--repeats", type=_positive, metavar="R", help=f"visits each (default: {_REPEATS})")
         command.add_argument("--json", type=Path, metavar="FILE", help="write the records there too; never over a file")
         command.add_argument("--quick", action="store_true", help=f"{_QUICK_REPEATS} repeats: rough figures, soon")
@@ -349,6 +359,36 @@ def _network(options: argparse.Namespace) -> None:
     _end(options, {"benchmark": "network", **record, "rows": rows})
 
 
+def _loader(options: argparse.Namespace) -> None:
+    """Compare how fast the data modules and torchvision's own pipelines deliver training pictures."""
+    from awconv.analysis.loader_benchmark import benchmark_loaders, loaders_table
+
+    workers = options.workers or min(os.cpu_count() or 1, 16)
+    root = None if options.root is None else str(options.root)
+    device, batch, repeats, record = _begin(options, {"cpu": 64, "cuda": 256}, workers=workers, root=root)
+    rows = benchmark_loaders(options.root, device=device, batch=batch, workers=workers, repeats=repeats)
+    print(loaders_table(rows))
+    print(
+        f"\nPictures a second in batches on the device, {workers} worker processes: median (quartiles) of {repeats} "
+        "interleaved passes. ratio: to torchvision's."
+    )
+    _end(options, {"benchmark": "loader", **record, "rows": rows})
+
+
+def _draw(options: argparse.Namespace) -> None:
+    """Draw a record of the layers: time and peak memory of a training step, as multiples of a plain convolution's."""
+    from awconv.analysis.benchmark_figure import draw_layers
+
+    _check_new_file("--out", options.out)
+    try:
+        record = json.loads(options.record.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{options.record}: cannot be read as a record ({error})") from None
+    if not isinstance(record, dict) or record.get("benchmark") != "layers":
+        raise InputError(f"{options.record}: is no record that `layers --json FILE` wrote")
+    _write_new_file("--out", options.out, draw_layers(record))
+
+
 def _begin(
     options: argparse.Namespace, batches: Mapping[str, int], **arguments: Any
 ) -> tuple[str, int, int, dict[str, Any]]:
@@ -359,20 +399,18 @@ def _begin(
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if options.json is not None:
-        _check_new_file(options.json)
+        _check_new_file("--json", options.json)
     record = _circumstances(device)
-    given = {"device": device, "batch": batch, "dtype": options.dtype, "repeats": repeats}
-    record["arguments"] = {**given, **arguments}
-    print(
-        f"{record['machine']}, torch {record['versions']['torch']}, {options.dtype}, batch {batch}, {record['date']}\n",
-        flush=True,
-    )
+    dtype = {} if options.dtype is None else {"dtype": options.dtype}
+    record["arguments"] = {"device": device, "batch": batch, **dtype, "repeats": repeats, **arguments}
+    measured = ", ".join([*dtype.values(), f"batch {batch}"])
+    print(f"{record['machine']}, torch {record['versions']['torch']}, {measured}, {record['date']}\n", flush=True)
     return device, batch, repeats, record
 
 
 def _end(options: argparse.Namespace, record: Mapping[str, Any]) -> None:
     if options.json is not None:
-        _write_new_file(options.json, json.dumps(record, indent=1) + "\n")
+        _write_new_file("--json", options.json, (json.dumps(record, indent=1) + "\n").encode())
 
 
 @contextmanager
@@ -476,7 +514,7 @@ def _circumstances(device: str) -> dict[str, Any]:
         threads = torch.get_num_threads()
         machine = f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("timm", "awconv"):
+    for package in ("torchvision", "timm", "awconv"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # run from a source tree that was not installed
@@ -493,19 +531,19 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _check_new_file(path: Path) -> None:
+def _check_new_file(argument: str, path: Path) -> None:
     if path.exists():
-        raise InputError(f"--json {path}: exists already and is not written over; name a new file")
+        raise InputError(f"{argument} {path}: exists already and is not written over; name a new file")
     if not path.parent.is_dir():
-        raise InputError(f"--json {path}: there is no folder {path.parent}; make it first")
+        raise InputError(f"{argument} {path}: there is no folder {path.parent}; make it first")
 
 
-def _write_new_file(path: Path, text: str) -> None:
+def _write_new_file(argument: str, path: Path, content: bytes) -> None:
     try:
-        with path.open("x") as file:
-            file.write(text)
+        with path.open("xb") as file:
+            file.write(content)
     except OSError as error:
-        raise InputError(f"--json {path}: cannot be written ({error.strerror}); name a new file") from None
+        raise InputError(f"{argument} {path}: cannot be written ({error.strerror}); name a new file") from None
 
 
 def _positive(text: str) -> int:

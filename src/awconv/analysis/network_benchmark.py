@@ -30,7 +30,7 @@ def benchmark_networks(
     """Compares whole networks: inference, and a step of training with SGD.
 
     ``forward`` is in evaluation mode without a graph; ``forward+backward`` is a step of training: forward, cross
-    entropy, backward, and SGD with momentum on all parameters at once (``foreach``). With another dtype than float32
+    entropy, backward, and SGD with momentum on all parameters at once. With another dtype than float32
     it is mixed precision by autocast. On CUDA pictures and networks are in channels_last. All networks see the same
     pictures.
 
@@ -128,7 +128,8 @@ def _call(network: nn.Module, pictures: Tensor, labels: Tensor, dtype: torch.dty
             return logits
 
         return infer
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, foreach=True)
+    all_at_once = {"fused": True} if pictures.is_cuda else {"foreach": True}  # as BaseTask has it
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, **all_at_once)
 
     def train() -> None:
         with precision():

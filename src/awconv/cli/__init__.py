@@ -33,7 +33,7 @@ from awconv.callbacks import (
 )
 from awconv.callbacks.checkpoints import LAST, read_checkpoint
 from awconv.callbacks.wandb_run import describe_runs
-from awconv.cli.arguments import LINKED, complete
+from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
 from awconv.data import ClassificationDataModule, COCODataModule
@@ -82,6 +82,7 @@ class AWConvCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str]) -> None:
+        count_in_whole_numbers(L.Trainer.__init__)
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,

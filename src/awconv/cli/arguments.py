@@ -1,11 +1,16 @@
 """What was typed, put in order: the base config, the configs, the flags, so that each wins over the one before."""
 
 import difflib
+import inspect
 import re
 import sys
+from collections.abc import Callable
+from functools import reduce
 from importlib.resources import files
+from operator import or_
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 
@@ -74,6 +79,25 @@ def complete(args: list[str]) -> list[str]:
         # the checkpoint's weights replace those that a recipe starts from, which nobody should have to fetch again
         ordered.append("model: {init_args: {initial_weights: null}}")
     return [subcommand, *(f"--config={config}" for config in ordered), *flags]
+
+
+def count_in_whole_numbers(function: Callable[..., Any]) -> None:
+    """Lets ``1`` be a number of things, and only ``1.0`` all of them, wherever ``function`` takes either.
+
+    typing holds ``Union[int, float]`` and ``Union[float, int]`` for equal and hands out the one that it made first, in
+    whatever library. Where that was the latter, ``--trainer.limit_train_batches 1`` would train on all batches.
+
+    Args:
+        function: Whose annotations are put in order.
+    """
+    annotations = inspect.unwrap(function).__annotations__
+    for name, hint in annotations.items():
+        kinds = list(get_args(hint))
+        either = get_origin(hint) in (Union, UnionType) and {int, float} <= set(kinds)
+        if either and kinds.index(float) < kinds.index(int):
+            kinds.remove(int)
+            kinds.insert(kinds.index(float), int)
+            annotations[name] = reduce(or_, kinds)
 
 
 def _names_a_class(config: dict[str, Any]) -> bool:

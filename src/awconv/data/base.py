@@ -19,6 +19,7 @@ from awconv.data.loading import (
     TrainingSet,
 )
 from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
+from awconv.data.resident import ResidentBatches, ResidentSplit, as_it_is
 from awconv.errors import InputError, require, require_int
 
 Split: TypeAlias = Literal["train", "val", "test"]
@@ -125,16 +126,12 @@ class BaseDataModule(LightningDataModule):
         # torch adds the epoch to the sampler's seed, and takes 64 bits in all
         sampler = self.train_sampler(dataset, processes, rank, seed % 2**62)
         sampler.consumed = self._consumed
-        return self._loader(
-            TrainingSet(dataset, seed),
-            sampler=sampler,
-            drop_last=len(sampler) >= self.batch_size,
-            persistent_workers=self.num_workers > 0,
-        )
+        samples = ResidentBatches(dataset, seed) if isinstance(dataset, ResidentSplit) else TrainingSet(dataset, seed)
+        return self._loader(samples, sampler=sampler, drop_last=len(sampler) >= self.batch_size, persistent=True)
 
     def val_dataloader(self) -> Loader:
         """Batches of the validation set."""
-        return self._evaluation_loader("val", persistent_workers=self.num_workers > 0)
+        return self._evaluation_loader("val", persistent=True)
 
     def test_dataloader(self) -> Loader:
         """Batches of the test set."""
@@ -148,19 +145,27 @@ class BaseDataModule(LightningDataModule):
         dataset = self._dataset(split)
         rank, processes = self._place()
         sampler = EvaluationSampler(dataset, processes, rank) if processes > 1 else None
-        return self._loader(EvaluationSet(dataset), sampler=sampler, **options)
+        samples = ResidentBatches(dataset, None) if isinstance(dataset, ResidentSplit) else EvaluationSet(dataset)
+        return self._loader(samples, sampler=sampler, **options)
 
-    def _loader(self, dataset: Any, **options: Any) -> Loader:
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+    def _loader(self, samples: Any, persistent: bool = False, **options: Any) -> Loader:
+        if isinstance(samples, ResidentBatches):  # no worker has a part in it
+            return Loader(samples, batch_size=self.batch_size, collate_fn=as_it_is, **options)  # type: ignore[arg-type]
         return Loader(
-            dataset,
+            samples,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            persistent_workers=persistent and self.num_workers > 0,
             collate_fn=self.collate,
-            pin_memory=on_gpu,
+            pin_memory=self.device.type == "cuda",
             worker_init_fn=_begin_worker,
             **options,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes; the CPU where there is no trainer."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def _consumed(self) -> int:
         """How many samples of this epoch this process has trained on before the run was resumed."""

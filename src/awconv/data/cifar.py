@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 from awconv.data.base import Split, Transform
 from awconv.data.classification import ClassificationDataModule
 from awconv.data.loading import MapDataset
+from awconv.data.resident import ResidentSplit
 from awconv.errors import InputError, require, require_int
 
 
@@ -31,6 +32,10 @@ class CIFAR10DataModule(ClassificationDataModule):
             schedules do, and validates on the test set, with a warning: choose no checkpoint by it then, but
             report the last one.
         download: Fetch the data into `root` if they are not there.
+        keep_on_device: Keep all pictures on the training device, as bytes (184 MB for training, validation and test),
+            and gather and augment whole batches there, so that one Python process feeds what no number of workers
+            would; `num_workers` then serves ``predict`` alone. For `augment` "none" and "basic" without
+            `random_erasing`. The augmentation is the same kind from other random numbers.
         common: Arguments of :class:`ClassificationDataModule`.
 
     Raises:
@@ -53,13 +58,22 @@ class CIFAR10DataModule(ClassificationDataModule):
         image_size: int = 32,
         val_size: int = 5000,
         download: bool = False,
+        keep_on_device: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(image_size=image_size, **common)
         require_int("val_size", val_size, "a number of pictures, 0 or more", low=0)
+        one_by_one = "random_erasing" if self.random_erasing else f"augment={self.augment!r}"
+        require(
+            not keep_on_device or (self.augment in ("none", "basic") and not self.random_erasing),
+            "keep_on_device",
+            keep_on_device,
+            f"false, since {one_by_one} works picture by picture; or augment none or basic, without random_erasing",
+        )
         self.root = root
         self.val_size = val_size
         self.download = download
+        self.keep_on_device = keep_on_device
         self._archives: dict[bool, datasets.CIFAR10] = {}
 
     @property
@@ -79,21 +93,45 @@ class CIFAR10DataModule(ClassificationDataModule):
                     "fetch and unpack it there by hand"
                 ) from error
 
+    def load_split(self, split: Split) -> MapDataset:
+        """Return a split, on the device where `keep_on_device` says so; see :class:`ClassificationDataModule`."""
+        if not self.keep_on_device:
+            return super().load_split(split)
+        archive, chosen = self._part(split)
+        pictures, targets = torch.from_numpy(archive.data).permute(0, 3, 1, 2), torch.tensor(archive.targets)
+        augmented = split == "train" and self.augment == "basic"
+        geometry = [v2.Resize(self.image_size)] if augmented else self.eval_geometry()
+        return ResidentSplit(
+            (pictures if chosen is None else pictures[chosen]).contiguous(),
+            targets if chosen is None else targets[chosen],
+            self.device,
+            v2.Compose(geometry),
+            self._transform([]),
+            padding=self.image_size // 8 if augmented else None,
+        )
+
     def load(self, split: Split, transform: Transform) -> MapDataset:
         """Return a split; see :class:`ClassificationDataModule`."""
+        archive, chosen = self._part(split)
+        # training and validation share the pixels and differ in the transform
+        pictures: Any = copy.copy(archive)
+        pictures.transform = transform
+        return pictures if chosen is None else Subset(pictures, chosen)
+
+    def _part(self, split: Split) -> tuple[datasets.CIFAR10, list[int] | None]:
+        """The archive that holds a split, and which of its pictures belong to it; None for all."""
         if split == "test":
-            return self._pictures(train=False, transform=transform)
+            return self._archive(train=False), None
         if split == "val" and self.val_size == 0:
             rank_zero_warn("val_size=0: validation runs on the test set; report the last checkpoint, not the best one")
-            return self._pictures(train=False, transform=transform)
-        pictures = self._pictures(train=True, transform=transform)
-        total = len(pictures)
+            return self._archive(train=False), None
+        archive = self._archive(train=True)
+        total = len(archive)
         require(self.val_size < total, "val_size", self.val_size, f"less than the {total} training pictures")
         order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        chosen = order[: self.val_size] if split == "val" else order[self.val_size :]
-        return Subset(pictures, sorted(chosen))  # type: ignore[arg-type]
+        return archive, sorted(order[: self.val_size] if split == "val" else order[self.val_size :])
 
-    def _pictures(self, train: bool, transform: Transform) -> MapDataset:
+    def _archive(self, train: bool) -> datasets.CIFAR10:
         if train not in self._archives:
             try:
                 self._archives[train] = self._source(self.root, train=train)
@@ -106,11 +144,7 @@ class CIFAR10DataModule(ClassificationDataModule):
                 f"the classes {self.class_names[0]} to {self.class_names[-1]} in their order, "
                 f"and {self._source.meta['filename']} lists others; {self._remedy}",
             )
-        # training and validation share the pixels and differ in the transform
-        pictures: datasets.CIFAR10 = copy.copy(self._archives[train])
-        pictures.transform = transform
-        shared: MapDataset = pictures
-        return shared
+        return self._archives[train]
 
     @property
     def _remedy(self) -> str:

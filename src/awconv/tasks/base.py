@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from awconv.errors import InputError
 from awconv.models import WeightsReport, describe_mismatch
@@ -42,7 +43,8 @@ class BaseTask(L.LightningModule):
         lr: Peak learning rate for the global batch, exactly as given: it is never scaled by devices or batch size.
         weight_decay: Weight decay, as the optimiser defines it.
         decay_norm_and_bias: Decay normalisation weights and biases too (all parameters with one dimension or none).
-        optimizer_options: Further arguments of the optimiser, such as ``{momentum: 0.9, nesterov: true}``.
+        optimizer_options: Further arguments of the optimiser, such as ``{momentum: 0.9, nesterov: true}``. On CUDA it
+            is a ``fused`` one where there is one and nothing stands against it.
         lr_schedule: ``constant``, ``cosine`` (to ``min_lr``), ``multistep`` (times ``gamma`` at each milestone) or
             ``onecycle`` (Smith & Topin 2018, as ``torch.optim.lr_scheduler.OneCycleLR``). Steps are optimiser steps.
         warmup_epochs: Epochs of linear warm-up from ``lr`` / 100; for ``onecycle``, the rising part.
@@ -192,6 +194,8 @@ class BaseTask(L.LightningModule):
             groups[1]["weight_decay"] = 0.0
         optimizer = _OPTIMIZERS[hparams["optimizer"].lower()]
         options = {"lr": hparams["lr"], **self._optimizer_options}
+        if not {"fused", "foreach", "capturable", "differentiable"} & options.keys() and self._may_be_fused(optimizer):
+            options["fused"] = True
         # passed even when it is zero: AdamW's own default is not
         if hparams["weight_decay"] or "weight_decay" in inspect.signature(optimizer).parameters:
             options["weight_decay"] = hparams["weight_decay"]
@@ -199,6 +203,16 @@ class BaseTask(L.LightningModule):
             return optimizer(groups, **options)
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer={hparams['optimizer']!r} does not take {options}: {error}") from error
+
+    def _may_be_fused(self, optimizer: type[Optimizer]) -> bool:
+        """Whether one kernel can take the whole step, which torch leaves to its users to ask for."""
+        if self.device.type != "cuda" or "fused" not in inspect.signature(optimizer).parameters:
+            return False
+        # it would unscale gradients itself (16-mixed), after they were looked at, and Lightning refuses to clip them
+        # even where there is nothing to unscale; sharded parameters (FSDP2) are no plain tensors
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        return not (scaled or sharded or self.trainer.gradient_clip_val)
 
     def _learning_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Lists kernels and matrices, and apart from them norms and biases: a resumed run may decay those or not."""
@@ -405,12 +419,15 @@ class BaseTask(L.LightningModule):
             )
 
 
-class _WeightAverage(EMAWeightAveraging):
-    """Lightning's average, kept to training and to the device that trains.
+class _WeightAverage(WeightAveraging):
+    """Lightning's average, exponential, all weights at once, kept to training and to the device that trains.
 
     Left attached after ``fit``, the original would swap its weights into a ``validate`` of another checkpoint, and
     replace the average that ``test`` has just loaded by the weights it was averaged from.
     """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # the module itself is still on the CPU here, where the original would leave the average for good

@@ -1,0 +1,225 @@
+"""How many pictures a second the data modules deliver, beside torchvision's own pipelines.
+
+Run it as ``python -m awconv.analysis.benchmark loader``.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torchvision import datasets, transforms
+
+from awconv.analysis.benchmark import measure_interleaved
+from awconv.analysis.command import aligned_table
+from awconv.data import CIFAR10DataModule, ImageNetDataModule
+from awconv.data.base import BaseDataModule, Split, Transform
+from awconv.data.loading import MapDataset
+from awconv.errors import InputError
+
+# Every worker fills so many batches in a pass, so that its start and its end weigh little.
+_BATCHES_A_WORKER = 4
+# The drawn pictures: about the size and the bytes (some 110 kB) of ImageNet's.
+_WIDTH, _HEIGHT, _DRAWN = 500, 375, 64
+_SIZE = 224
+
+
+def benchmark_loaders(
+    root: Path | None, *, device: str, batch: int, workers: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Compares training pipelines, on pictures in class folders and on CIFAR-10.
+
+    Every pipeline crops at random, flips, normalises, batches, and brings the batches to the device. torchvision's
+    are those of its reference trainings: pictures decoded and transformed by PIL, a worker process each, pinned memory
+    on CUDA. A pass delivers 4 batches for each worker, at least 8.
+
+    Args:
+        root: Folder that holds ``train/CLASS/*.jpg``; None draws JPEG pictures of 500x375 pixels and some 110 kB.
+        device: ``"cpu"`` or ``"cuda"``: where batches are wanted.
+        batch: Pictures a batch.
+        workers: Worker processes of each pipeline; 0 loads in the process itself.
+        repeats: Timed passes of each pipeline.
+
+    Returns:
+        One record for each pipeline: ``data``, ``pipeline``, ``pictures`` (in a pass), ``pictures_per_second`` (the
+        median), ``quartiles_per_second``, ``ratio`` (to torchvision's pipeline of the same data) and ``times_ms`` of
+        each pass.
+    """
+    pictures = batch * _BATCHES_A_WORKER * max(workers, 2)
+    rows = []
+    with _trainer(device) as trainer, _folder_of_pictures(root, pictures) as folder:
+        options = {"batch_size": batch, "num_workers": workers}
+        cases = {
+            f"JPEG to {_SIZE}x{_SIZE}": _class_folders(folder, pictures, trainer, options),
+            "CIFAR-10": _cifar10(pictures, trainer, options),
+        }
+        calls = [{name: _pass(loader, device) for name, loader in loaders.items()} for loaders in cases.values()]
+        delivered = [{name: call() for name, call in case.items()} for case in calls]
+        results = measure_interleaved(calls, repeats=repeats, device=device)
+    for data, counts, result in zip(cases, delivered, results, strict=True):
+        per_second = {name: counts[name] / measured.quartiles[1] for name, measured in result.items()}
+        for name, measured in result.items():
+            first, _, third = measured.quartiles
+            rows.append(
+                {
+                    "data": data,
+                    "pipeline": name,
+                    "pictures": counts[name],
+                    "pictures_per_second": per_second[name],
+                    "quartiles_per_second": [counts[name] / third, counts[name] / first],
+                    "ratio": per_second[name] / next(iter(per_second.values())),
+                    "times_ms": [1e3 * t for t in measured.times],
+                }
+            )
+    return rows
+
+
+def loaders_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lays the records of :func:`benchmark_loaders` out as an aligned Markdown table."""
+    body = []
+    for row in rows:
+        low, high = row["quartiles_per_second"]
+        rate = f"{row['pictures_per_second']:,.0f} ({low:,.0f}-{high:,.0f})"
+        body.append([row["data"], row["pipeline"], rate, f"{row['ratio']:.2f}"])
+    return aligned_table(["data", "pipeline", "pictures/s", "ratio"], body, left=2)
+
+
+def _class_folders(folder: Path, pictures: int, trainer: Trainer, options: Mapping[str, Any]) -> dict[str, Any]:
+    class SomePictures(ImageNetDataModule):
+        def load(self, split: Split, transform: Transform) -> MapDataset:
+            return some(super().load(split, transform))
+
+    def some(dataset: Any) -> MapDataset:
+        if len(dataset) < options["batch_size"]:
+            raise InputError(f"--root {folder}: holds {len(dataset)} pictures to train on, less than a batch")
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        return Subset(dataset, order[:pictures].tolist())
+
+    ours = SomePictures(str(folder), image_size=_SIZE, **options)
+    loader = _training_loader(ours, trainer)  # first, for its messages where the folder is none
+    pil = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(_SIZE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(ours.mean, ours.std),
+        ]
+    )
+    theirs = some(datasets.ImageFolder(str(folder / "train"), pil))
+    return {"torchvision ImageFolder": _plain_loader(theirs, trainer, options), "ImageNetDataModule": loader}
+
+
+def _cifar10(pictures: int, trainer: Trainer, options: Mapping[str, Any]) -> dict[str, Any]:
+    class Noise(datasets.CIFAR10):  # type: ignore[misc]
+        """torchvision's class without its download."""
+
+        def __init__(self, root: str = "", train: bool = True, transform: Transform | None = None) -> None:
+            generator = np.random.default_rng(0)
+            self.data = generator.integers(0, 256, (pictures, 32, 32, 3), dtype=np.uint8)
+            self.targets = generator.integers(0, 10, pictures).tolist()
+            self.classes = ours.class_names
+            self.transform, self.target_transform = transform, None
+
+    class NoiseDataModule(CIFAR10DataModule):
+        _source = Noise
+
+    ours = NoiseDataModule(val_size=0, **options)
+    pil = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(ours.mean, ours.std),
+        ]
+    )
+    return {
+        "torchvision CIFAR10": _plain_loader(Noise(transform=pil), trainer, options),
+        "CIFAR10DataModule": _training_loader(ours, trainer),
+        "CIFAR10DataModule keep_on_device": _training_loader(
+            NoiseDataModule(val_size=0, keep_on_device=True, **options), trainer
+        ),
+    }
+
+
+def _plain_loader(dataset: Any, trainer: Trainer, options: Mapping[str, Any]) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        **options,
+        shuffle=True,
+        pin_memory=trainer.strategy.root_device.type == "cuda",
+        drop_last=True,
+        persistent_workers=options["num_workers"] > 0,
+    )
+
+
+def _training_loader(module: BaseDataModule, trainer: Trainer) -> Any:
+    module.trainer = trainer  # which knows the device, of which pinned memory and resident pictures depend
+    return module.train_dataloader()
+
+
+def _pass(loader: Any, device: str) -> Callable[[], int]:
+    """A call that draws all batches, and says how many pictures they held."""
+
+    def call() -> int:
+        pictures = 0
+        for images, targets in loader:
+            images.to(device, non_blocking=True)
+            targets.to(device, non_blocking=True)
+            pictures += len(images)
+        return pictures
+
+    return call
+
+
+@contextmanager
+def _trainer(device: str) -> Iterator[Trainer]:
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield Trainer(
+            accelerator=device,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
+def _folder_of_pictures(root: Path | None, pictures: int) -> Iterator[Path]:
+    if root is not None:
+        yield root
+        return
+    with tempfile.TemporaryDirectory(prefix="awconv-pictures-") as name:
+        folder = Path(name, "train", "pictures")
+        folder.mkdir(parents=True)
+        generator = np.random.default_rng(0)
+        for index in range(pictures):
+            path = folder / f"{index:06}.jpg"
+            if index < _DRAWN:
+                _draw_picture(generator).save(path, quality=96)
+            else:  # another name of the same file: what is measured is not how the disk reads
+                os.link(folder / f"{index % _DRAWN:06}.jpg", path)
+        yield Path(name)
+
+
+def _draw_picture(generator: np.random.Generator) -> Image.Image:
+    """Noise of every scale, finer ones fainter, as in photographs."""
+    picture = np.zeros((_HEIGHT, _WIDTH, 3))
+    for step in (1, 4, 16, 64):
+        coarse = generator.integers(0, 256, (-(-_HEIGHT // step), -(-_WIDTH // step), 3), dtype=np.uint8)
+        smooth = Image.fromarray(coarse).resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)
+        picture += np.sqrt(step) * np.asarray(smooth)
+    return Image.fromarray((picture / 15).astype(np.uint8))
