@@ -46,7 +46,8 @@ class Measurement(NamedTuple):
 
     Attributes:
         times: Seconds a call, one value for each repeat, in the order of the repeats.
-        peak_memory: Largest number of bytes that one call held at once, beyond what was there before it.
+        peak_memory: Largest number of bytes that one call held at once, beyond what was there before it; 0 where it was
+            not metered.
     """
 
     times: list[float]
@@ -89,7 +90,12 @@ class RoutedCondConv2d(nn.Module):
 
 
 def measure_interleaved(
-    cases: Sequence[Mapping[str, Call]], *, repeats: int, device: str = "cpu", seed: int = 0
+    cases: Sequence[Mapping[str, Call]],
+    *,
+    repeats: int,
+    device: str = "cpu",
+    seed: int = 0,
+    meter_memory: bool = True,
 ) -> list[dict[str, Measurement]]:
     """Times contenders side by side: every repeat visits every contender of every case.
 
@@ -102,6 +108,7 @@ def measure_interleaved(
         repeats: Number of visits to each contender, at least 1.
         device: ``"cpu"`` or ``"cuda"``: where the calls compute.
         seed: Of the order of the visits.
+        meter_memory: Whether peak memory is wanted too.
 
     Returns:
         For each case, a measurement under each contender's name.
@@ -113,7 +120,7 @@ def measure_interleaved(
         for name, call in case.items():
             _time(call, 1, device)
             calls_a_visit[index, name] = max(1, math.ceil(_SECONDS_A_VISIT / _time(call, 1, device)))
-            peaks[index, name] = peak_memory(call, device)
+            peaks[index, name] = peak_memory(call, device) if meter_memory else 0
             times[index, name] = []
     order = random.Random(seed)
     for _ in range(repeats):

@@ -45,7 +45,8 @@ def draw_layers(record: Mapping[str, Any]) -> bytes:
         _draw_bars(axes, shapes, contenders, ratios)
         axes.set_title(f"{title}, multiples of {_PLAIN}'s", fontsize=10, color=_INK, loc="left")
     time.set_yticks(range(len(shapes)), [f"{channels} channels\n{size}x{size}" for channels, size in shapes])
-    time.tick_params(axis="y", length=0, labelsize=9)
+    for axes in (time, memory):
+        axes.tick_params(axis="y", length=0, labelsize=9)
     time.invert_yaxis()
     handles, labels = time.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8.5, frameon=False)
@@ -69,16 +70,16 @@ def _draw_bars(
         widths = [ratios[channels, size, name] for channels, size in shapes]
         bars = axes.barh(
             [row + offset for row in range(len(shapes))],
-            [width - 0.5 for width in widths],
-            left=0.5,
+            [width - 1 for width in widths],
+            left=1,
             height=0.9 * thickness,
             color=_COLOURS[name],
             label=name,
         )
         axes.bar_label(bars, [f"{width:.2f}" if width < 10 else f"{width:.1f}" for width in widths], padding=2, size=7)
     axes.set_xscale("log")
-    axes.set_xlim(0.5, 1.6 * max(ratios.values()))
-    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if tick < axes.get_xlim()[1]]
+    axes.set_xlim(min(0.7, 0.7 * min(ratios.values())), 1.6 * max(ratios.values()))
+    ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100) if axes.get_xlim()[0] < tick < axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
     axes.minorticks_off()
     axes.axvline(1, color=_INK, linewidth=0.8)

@@ -63,7 +63,7 @@ def benchmark_loaders(
         }
         calls = [{name: _pass(loader, device) for name, loader in loaders.items()} for loaders in cases.values()]
         delivered = [{name: call() for name, call in case.items()} for case in calls]
-        results = measure_interleaved(calls, repeats=repeats, device=device)
+        results = measure_interleaved(calls, repeats=repeats, device=device, meter_memory=False)
     for data, counts, result in zip(cases, delivered, results, strict=True):
         per_second = {name: counts[name] / measured.quartiles[1] for name, measured in result.items()}
         for name, measured in result.items():
