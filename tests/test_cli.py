@@ -118,13 +118,21 @@ def test_an_overlay_alone_goes_on_top_of_the_default(cli):
 
 NUMBERS_IN_ANOTHER_ORDER = """
 import inspect
+from functools import reduce
+from operator import or_
+from typing import Union
 import lightning as L
 from awconv.cli import main
-# as they are where a library that was imported before had this union first
+# as they are where a library that was imported before had the union in this order
 annotations = inspect.unwrap(L.Trainer.__init__).__annotations__
 for name in ("limit_train_batches", "limit_val_batches", "val_check_interval"):
-    assert {int, float} < set(annotations[name].__args__)
-    annotations[name] = float | int | None
+    hint = annotations[name]
+    assert {int, float} < set(hint.__args__)
+    kinds = tuple(sorted(hint.__args__, key=lambda kind: kind is not float))
+    # typing itself would look it up among those that it has made
+    new = reduce(or_, kinds) if isinstance(hint, type(int | float)) else type(hint)(Union, kinds)
+    annotations[name] = new
+    assert new.__args__[0] is float
 main()
 """
 

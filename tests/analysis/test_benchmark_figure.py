@@ -44,9 +44,19 @@ def test_the_command_writes_a_new_picture(tmp_path):
         assert image.width > 800
 
 
-def test_other_records_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"benchmark": "network", "rows": []},
+        {"benchmark": "layers"},
+        {"benchmark": "layers", "rows": []},
+        {"benchmark": "layers", "rows": [{"pass": "forward+backward", "contender": "CondConv2d"}]},
+        [],
+    ],
+)
+def test_other_records_are_refused(tmp_path, capsys, content):
     other = tmp_path / "network.json"
-    other.write_text(json.dumps({"benchmark": "network", "rows": []}))
+    other.write_text(json.dumps(content))
     with pytest.raises(SystemExit):
         benchmark.main(["draw", str(other), "--out", str(tmp_path / "layers.png")])
     assert capsys.readouterr().err.count("\n") == 1

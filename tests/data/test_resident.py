@@ -1,6 +1,7 @@
 """Pictures that live on the device: the same batches as from a loader of samples, whatever the process or the batch."""
 
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from awconv.errors import InputError
 def split_of(size=23, side=6, padding=2, device="cpu"):
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(256, (size, 3, side, side), generator=generator, dtype=torch.uint8)
-    return ResidentSplit(pictures, torch.arange(size), device, lambda b: b, lambda b: b.float(), padding)
+    split = ResidentSplit(pictures, torch.arange(size), lambda b: b, lambda b: b.float(), padding)
+    return split.to(torch.device(device))
 
 
 def by_target(batches):
@@ -45,7 +47,7 @@ def test_each_picture_is_shifted_and_mirrored_as_it_says(batch, channels, height
 def test_shifts_and_flips_are_drawn_evenly():
     """60 epochs of 100 pictures, a crop of 3x3 places: each of the 18 ways 333 times, give or take."""
     picture = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(100, 1, 3, 3)
-    split = ResidentSplit(picture, torch.zeros(100, dtype=torch.int64), "cpu", lambda b: b, lambda b: b, padding=1)
+    split = ResidentSplit(picture, torch.zeros(100, dtype=torch.int64), lambda b: b, lambda b: b, padding=1)
     batches = ResidentBatches(split, seed=0)
     counts = {}
     for epoch in range(60):
@@ -64,6 +66,10 @@ def test_augmentation_follows_from_seed_epoch_and_index_alone():
     pieces = [again.__getitems__([(1, index) for index in part])[0] for part in ([22, 3, 7], [0], [11, 7])]
     assert torch.equal(torch.cat(pieces), whole[[22, 3, 7, 0, 11, 7]])
     assert torch.equal(again[1, 9][0], whole[9])
+    # as Trainer(overfit_batches=...) asks for them, the same every time
+    plain = [again.__getitems__(list(range(23)))[0] for _ in range(2)]
+    assert torch.equal(*plain)
+    assert torch.equal(plain[0], again.__getitems__([(0, index) for index in range(23)])[0])
     for other in (ResidentBatches(split, seed=6), again):
         epoch = 1 if other is not again else 2
         assert not torch.equal(other.__getitems__([(epoch, index) for index in range(23)])[0], whole)
@@ -155,6 +161,33 @@ def test_no_worker_is_started_but_for_pictures_of_a_folder(cifar10_root, picture
     predict = module.predict_dataloader()
     assert predict.num_workers == 2
     assert len(next(iter(predict))[1]) == 5
+
+
+def test_without_validation_pictures_all_are_trained_on(cifar10_root):
+    module = module_of(cifar10_root, keep_on_device=True, val_size=0, batch_size=60)
+    with pytest.warns(UserWarning, match="validation runs on the test set"):
+        module.setup("fit")
+    assert len(next(iter(module.train_dataloader()))[1]) == 60
+    assert torch.equal(next(iter(module.val_dataloader()))[0], next(iter(module.test_dataloader()))[0])
+
+
+def test_pictures_follow_the_trainer_to_its_device(cifar10_root):
+    """Also those of a module that was looked at before there was one, as in a notebook."""
+    module = module_of(cifar10_root, keep_on_device=True)
+    assert next(iter(module.val_dataloader()))[0].device.type == "cpu"
+    strategy = SimpleNamespace(root_device=torch.device("meta"), broadcast=lambda seed: seed)
+    fit_loop = SimpleNamespace(restarted_mid_epoch=False)
+    module.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, fit_loop=fit_loop)
+    for loader in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
+        assert {part.device.type for part in next(iter(loader))} == {"meta"}
+
+
+@pytest.mark.parametrize("method", ["load", "train_geometry"])
+def test_a_class_that_loads_or_augments_otherwise_is_refused(method):
+    other = type("Other", (CIFAR10DataModule,), {method: lambda self, *given: None})
+    other()
+    with pytest.raises(InputError, match=f"keep_on_device=True: expected false, since Other has a {method} of its own"):
+        other(keep_on_device=True)
 
 
 @pytest.mark.parametrize("option", [{"augment": "randaugment"}, {"random_erasing": 0.1}])

@@ -209,10 +209,32 @@ def test_an_option_that_the_optimiser_does_not_take(tmp_path):
 )
 def test_an_optimiser_is_fused_on_cuda_where_it_can_be(tmp_path, monkeypatch, options, run, fused):
     model = task(lr_schedule="constant", **options)
-    trainer(tmp_path, max_epochs=1, **run).fit(model, Data())
+    run = trainer(tmp_path, max_epochs=1, **run)
+    run.fit(model, Data())
     assert not model._build_optimizer().defaults.get("fused")
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(type(run.strategy), "root_device", torch.device("cuda"))
     assert model._build_optimizer().defaults.get("fused") == fused
+    if fused and not options:
+        with monkeypatch.context() as patch:
+            patch.setattr(run.precision_plugin, "scaler", object(), raising=False)
+            assert not model._build_optimizer().defaults.get("fused")
+        sharding = L.pytorch.strategies.ModelParallelStrategy
+        monkeypatch.setattr(sharding, "root_device", torch.device("cuda"))
+        monkeypatch.setattr(run._accelerator_connector, "strategy", sharding())
+        assert not model._build_optimizer().defaults.get("fused")
+
+
+@pytest.mark.parametrize("before", [None, True])
+@pytest.mark.parametrize("now", [None, {"foreach": True}, {"fused": True}])
+def test_how_a_step_is_computed_is_not_resumed(tmp_path, before, now):
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    first = {"optimizer_options": {"fused": True}} if before else {}
+    trainer(tmp_path, checkpoint, max_epochs=1).fit(task(lr_schedule="constant", **first), Data())
+    model = task(lr_schedule="constant", optimizer_options=now)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(model, Data(), ckpt_path=str(tmp_path / "last.ckpt"))
+    for group in run.optimizers[0].param_groups:
+        assert (group["fused"], group["foreach"]) == ((now or {}).get("fused"), (now or {}).get("foreach"))
 
 
 # ---- averaging -----------------------------------------------------------------------------------

@@ -393,7 +393,11 @@ def _draw(options: argparse.Namespace) -> None:
         raise InputError(f"{options.record}: cannot be read as a record ({error})") from None
     if not isinstance(record, dict) or record.get("benchmark") != "layers":
         raise InputError(f"{options.record}: is no record that `layers --json FILE` wrote")
-    _write_new_file("--out", options.out, draw_layers(record))
+    try:
+        picture = draw_layers(record)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(f"{options.record}: lacks what is drawn ({type(error).__name__}: {error})") from None
+    _write_new_file("--out", options.out, picture)
 
 
 def _begin(

@@ -128,7 +128,7 @@ def _call(network: nn.Module, pictures: Tensor, labels: Tensor, dtype: torch.dty
             return logits
 
         return infer
-    all_at_once = {"fused": True} if pictures.is_cuda else {"foreach": True}  # as BaseTask has it
+    all_at_once = {"fused": True} if pictures.is_cuda else {"foreach": True}
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, **all_at_once)
 
     def train() -> None:

@@ -126,7 +126,9 @@ class BaseDataModule(LightningDataModule):
         # torch adds the epoch to the sampler's seed, and takes 64 bits in all
         sampler = self.train_sampler(dataset, processes, rank, seed % 2**62)
         sampler.consumed = self._consumed
-        samples = ResidentBatches(dataset, seed) if isinstance(dataset, ResidentSplit) else TrainingSet(dataset, seed)
+        samples: Any = TrainingSet(dataset, seed)
+        if isinstance(dataset, ResidentSplit):
+            samples = ResidentBatches(dataset.to(self.device), seed)
         return self._loader(samples, sampler=sampler, drop_last=len(sampler) >= self.batch_size, persistent=True)
 
     def val_dataloader(self) -> Loader:
@@ -145,7 +147,9 @@ class BaseDataModule(LightningDataModule):
         dataset = self._dataset(split)
         rank, processes = self._place()
         sampler = EvaluationSampler(dataset, processes, rank) if processes > 1 else None
-        samples = ResidentBatches(dataset, None) if isinstance(dataset, ResidentSplit) else EvaluationSet(dataset)
+        samples: Any = EvaluationSet(dataset)
+        if isinstance(dataset, ResidentSplit):
+            samples = ResidentBatches(dataset.to(self.device), None)
         return self._loader(samples, sampler=sampler, **options)
 
     def _loader(self, samples: Any, persistent: bool = False, **options: Any) -> Loader:

@@ -33,9 +33,9 @@ class CIFAR10DataModule(ClassificationDataModule):
             report the last one.
         download: Fetch the data into `root` if they are not there.
         keep_on_device: Keep all pictures on the training device, as bytes (184 MB for training, validation and test),
-            and gather and augment whole batches there, so that one Python process feeds what no number of workers
-            would; `num_workers` then serves ``predict`` alone. For `augment` "none" and "basic" without
-            `random_erasing`. The augmentation is the same kind from other random numbers.
+            and gather and augment whole batches there; `num_workers` then serves ``predict`` alone. For `augment`
+            "none" and "basic" without `random_erasing`, and for classes that leave loading and augmentation as they
+            are here. The augmentation is of the same kind, from other random numbers.
         common: Arguments of :class:`ClassificationDataModule`.
 
     Raises:
@@ -70,6 +70,14 @@ class CIFAR10DataModule(ClassificationDataModule):
             keep_on_device,
             f"false, since {one_by_one} works picture by picture; or augment none or basic, without random_erasing",
         )
+        names = ("load", "collate", "train_geometry", "train_transform", "eval_transform")
+        changed = [n for n in names if getattr(type(self), n) is not getattr(CIFAR10DataModule, n)]
+        require(
+            not (keep_on_device and changed),
+            "keep_on_device",
+            keep_on_device,
+            f"false, since {type(self).__name__} has a {' and a '.join(changed)} of its own, for samples",
+        )
         self.root = root
         self.val_size = val_size
         self.download = download
@@ -100,11 +108,11 @@ class CIFAR10DataModule(ClassificationDataModule):
         archive, chosen = self._part(split)
         pictures, targets = torch.from_numpy(archive.data).permute(0, 3, 1, 2), torch.tensor(archive.targets)
         augmented = split == "train" and self.augment == "basic"
-        geometry = [v2.Resize(self.image_size)] if augmented else self.eval_geometry()
+        unaugmented = self.plain_geometry() if split == "train" else self.eval_geometry()
+        geometry = [v2.Resize(self.image_size)] if augmented else unaugmented
         return ResidentSplit(
             (pictures if chosen is None else pictures[chosen]).contiguous(),
             targets if chosen is None else targets[chosen],
-            self.device,
             v2.Compose(geometry),
             self._transform([]),
             padding=self.image_size // 8 if augmented else None,

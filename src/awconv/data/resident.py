@@ -13,15 +13,14 @@ from awconv.data.loading import IGNORE_INDEX
 
 
 class ResidentSplit:
-    """A split of pictures of one size, as bytes on a device.
+    """A split of pictures of one size, as bytes.
 
-    It takes the place of a data set whose samples are transformed one by one; :class:`ResidentBatches` makes its
-    batches.
+    It takes the place of a data set whose samples are transformed one by one; :meth:`to` brings it to the device, and
+    :class:`ResidentBatches` makes its batches there.
 
     Args:
         pictures: uint8 (M, C, H, W).
         targets: Class index of each, int64 (M,).
-        device: Where they live from now on.
         geometry: Transforms of a batch of pictures, uint8 to uint8, that end in one size.
         finish: Transform of a batch of pictures, uint8 to normalised floats.
         padding: Training batches are padded by so many pixels of zero on each side, cropped at a random place to the
@@ -32,13 +31,17 @@ class ResidentSplit:
         self,
         pictures: Tensor,
         targets: Tensor,
-        device: torch.device | str,
         geometry: Callable[[Tensor], Tensor],
         finish: Callable[[Tensor], Tensor],
         padding: int | None = None,
     ) -> None:
-        self.pictures, self.targets = pictures.to(device), targets.to(device)
+        self.pictures, self.targets = pictures, targets
         self.geometry, self.finish, self.padding = geometry, finish, padding
+
+    def to(self, device: torch.device) -> "ResidentSplit":
+        """Moves to another device, where it is not there yet, and gives itself."""
+        self.pictures, self.targets = self.pictures.to(device), self.targets.to(device)
+        return self
 
     def __len__(self) -> int:
         return len(self.targets)

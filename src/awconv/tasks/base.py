@@ -44,7 +44,7 @@ class BaseTask(L.LightningModule):
         weight_decay: Weight decay, as the optimiser defines it.
         decay_norm_and_bias: Decay normalisation weights and biases too (all parameters with one dimension or none).
         optimizer_options: Further arguments of the optimiser, such as ``{momentum: 0.9, nesterov: true}``. On CUDA it
-            is a ``fused`` one where there is one and nothing stands against it.
+            is a ``fused`` one where there is one, unless gradients are clipped or scaled, or weights are sharded.
         lr_schedule: ``constant``, ``cosine`` (to ``min_lr``), ``multistep`` (times ``gamma`` at each milestone) or
             ``onecycle`` (Smith & Topin 2018, as ``torch.optim.lr_scheduler.OneCycleLR``). Steps are optimiser steps.
         warmup_epochs: Epochs of linear warm-up from ``lr`` / 100; for ``onecycle``, the rising part.
@@ -194,7 +194,7 @@ class BaseTask(L.LightningModule):
             groups[1]["weight_decay"] = 0.0
         optimizer = _OPTIMIZERS[hparams["optimizer"].lower()]
         options = {"lr": hparams["lr"], **self._optimizer_options}
-        if not {"fused", "foreach", "capturable", "differentiable"} & options.keys() and self._may_be_fused(optimizer):
+        if self._may_be_fused():
             options["fused"] = True
         # passed even when it is zero: AdamW's own default is not
         if hparams["weight_decay"] or "weight_decay" in inspect.signature(optimizer).parameters:
@@ -204,12 +204,15 @@ class BaseTask(L.LightningModule):
         except (TypeError, ValueError) as error:
             raise InputError(f"optimizer={hparams['optimizer']!r} does not take {options}: {error}") from error
 
-    def _may_be_fused(self, optimizer: type[Optimizer]) -> bool:
+    def _may_be_fused(self) -> bool:
         """Whether one kernel can take the whole step, which torch leaves to its users to ask for."""
-        if self.device.type != "cuda" or "fused" not in inspect.signature(optimizer).parameters:
+        there_is_one = "fused" in inspect.signature(_OPTIMIZERS[self.hparams["optimizer"].lower()]).parameters
+        asked = {"fused", "foreach", "capturable", "differentiable"} & self._optimizer_options.keys()
+        # the strategy's device: where a checkpoint is loaded, the module is not there yet
+        if not there_is_one or asked or self.trainer.strategy.root_device.type != "cuda":
             return False
         # it would unscale gradients itself (16-mixed), after they were looked at, and Lightning refuses to clip them
-        # even where there is nothing to unscale; sharded parameters (FSDP2) are no plain tensors
+        # even where there is nothing to unscale; not every optimiser has one for sharded parameters (FSDP2)
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
         return not (scaled or sharded or self.trainer.gradient_clip_val)
@@ -366,7 +369,9 @@ class BaseTask(L.LightningModule):
                 _scale(group, ("lr", "initial_lr", "max_lr", "min_lr"), ratio)
                 if "weight_decay" in group:
                     group["weight_decay"] = decay
-                group.update({k: v for k, v in self._optimizer_options.items() if k in group})
+                # how a step is computed is this run's affair, and its device's
+                how = {"fused": True if self._may_be_fused() else None, "foreach": None}
+                group.update({k: v for k, v in {**how, **self._optimizer_options}.items() if k in group})
         for schedule in checkpoint.get("lr_schedulers", []):
             _scale(schedule, ("base_lrs", "_last_lr"), ratio)
             for key in ("total_steps", "_schedule_phases"):  # OneCycleLR's length, which follows trainer.max_epochs
