@@ -20,7 +20,7 @@ from torchvision import datasets, transforms
 
 from awconv.analysis.benchmark import measure_interleaved
 from awconv.analysis.command import aligned_table
-from awconv.data import CIFAR10DataModule, ImageNetDataModule
+from awconv.data import CIFAR10DataModule, ClassificationDataModule, ImageNetDataModule
 from awconv.data.base import BaseDataModule, Split, Transform
 from awconv.data.loading import MapDataset
 from awconv.errors import InputError
@@ -108,14 +108,7 @@ def _class_folders(folder: Path, pictures: int, trainer: Trainer, options: Mappi
 
     ours = SomePictures(str(folder), image_size=_SIZE, **options)
     loader = _training_loader(ours, trainer)  # first, for its messages where the folder is none
-    pil = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(_SIZE),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(ours.mean, ours.std),
-        ]
-    )
+    pil = _by_pil(transforms.RandomResizedCrop(_SIZE), ours)
     theirs = some(datasets.ImageFolder(str(folder / "train"), pil))
     return {"torchvision ImageFolder": _plain_loader(theirs, trainer, options), "ImageNetDataModule": loader}
 
@@ -135,14 +128,7 @@ def _cifar10(trainer: Trainer, options: Mapping[str, Any]) -> dict[str, Any]:
         _source = Noise
 
     ours = NoiseDataModule(val_size=0, **options)
-    pil = transforms.Compose(
-        [
-            transforms.RandomCrop(32, padding=4),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(ours.mean, ours.std),
-        ]
-    )
+    pil = _by_pil(transforms.RandomCrop(32, padding=4), ours)
     return {
         "torchvision CIFAR10": _plain_loader(Noise(transform=pil), trainer, options),
         "CIFAR10DataModule": _training_loader(ours, trainer),
@@ -150,6 +136,11 @@ def _cifar10(trainer: Trainer, options: Mapping[str, Any]) -> dict[str, Any]:
             NoiseDataModule(val_size=0, keep_on_device=True, **options), trainer
         ),
     }
+
+
+def _by_pil(crop: Any, ours: ClassificationDataModule) -> Any:
+    normalise = transforms.Normalize(ours.mean, ours.std)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
 
 
 def _plain_loader(dataset: Any, trainer: Trainer, options: Mapping[str, Any]) -> DataLoader[Any]:

@@ -126,9 +126,7 @@ class BaseDataModule(LightningDataModule):
         # torch adds the epoch to the sampler's seed, and takes 64 bits in all
         sampler = self.train_sampler(dataset, processes, rank, seed % 2**62)
         sampler.consumed = self._consumed
-        samples: Any = TrainingSet(dataset, seed)
-        if isinstance(dataset, ResidentSplit):
-            samples = ResidentBatches(dataset.to(self.device), seed)
+        samples = self._samples(dataset, seed)
         return self._loader(samples, sampler=sampler, drop_last=len(sampler) >= self.batch_size, persistent=True)
 
     def val_dataloader(self) -> Loader:
@@ -147,10 +145,13 @@ class BaseDataModule(LightningDataModule):
         dataset = self._dataset(split)
         rank, processes = self._place()
         sampler = EvaluationSampler(dataset, processes, rank) if processes > 1 else None
-        samples: Any = EvaluationSet(dataset)
+        return self._loader(self._samples(dataset, None), sampler=sampler, **options)
+
+    def _samples(self, dataset: MapDataset, seed: int | None) -> Any:
+        """The samples of a split, augmented from ``seed``; None for evaluation."""
         if isinstance(dataset, ResidentSplit):
-            samples = ResidentBatches(dataset.to(self.device), None)
-        return self._loader(samples, sampler=sampler, **options)
+            return ResidentBatches(dataset.to(self.device), seed)
+        return EvaluationSet(dataset) if seed is None else TrainingSet(dataset, seed)
 
     def _loader(self, samples: Any, persistent: bool = False, **options: Any) -> Loader:
         if isinstance(samples, ResidentBatches):  # no worker has a part in it

@@ -1,6 +1,5 @@
 """Pictures that live on the training device as bytes, and are gathered and augmented there, a batch at a time."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from awconv.data.loading import IGNORE_INDEX
+from awconv.data.loading import IGNORE_INDEX, seeded
 
 
 class ResidentSplit:
@@ -93,10 +92,10 @@ class ResidentBatches(Dataset[Any]):
 
     def _draws(self, epoch: int, padding: int) -> Tensor:
         if self._drawn_for != epoch:
-            digest = hashlib.blake2b(repr((self._seed, epoch)).encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            shifts = torch.randint(2 * padding + 1, (len(self), 2), generator=generator)
-            flips = torch.randint(2, (len(self), 1), generator=generator)
+            assert self._seed is not None
+            with seeded(self._seed, epoch):
+                shifts = torch.randint(2 * padding + 1, (len(self), 2))
+                flips = torch.randint(2, (len(self), 1))
             self._drawn = torch.cat([shifts, flips], dim=1).to(self._split.targets.device)
             self._drawn_for = epoch
         return self._drawn
