@@ -151,7 +151,7 @@ def _forward_kernel(
             scale += 1.0
         spread = tl.broadcast_to(scale[:, :, None], (BLOCK_M, MAPS, BLOCK_K // MAPS))
         kernel = (kernel.to(ACC) * tl.reshape(spread, (BLOCK_M, BLOCK_K))).to(patches.dtype)
-        total = tl.dot(kernel.to(OPERAND), patches.to(OPERAND), total, input_precision=PRECISION)
+        total = tl.dot(kernel.to(OPERAND), patches.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
     tl.store(
         output + rows[:, None] * o_c + (out_y * o_h + out_x * o_w)[None, :],
         total.to(output.dtype.element_ty),
@@ -270,7 +270,7 @@ def _input_gradient_kernel(
                 scale += 1.0
             spread = tl.broadcast_to(scale[:, None, :], (MAPS, BLOCK_M // MAPS, BLOCK_K))
             kernel = (kernel.to(ACC) * tl.reshape(spread, (BLOCK_M, BLOCK_K))).to(gradient.dtype)
-            total = tl.dot(kernel.to(OPERAND), gradient.to(OPERAND), total, input_precision=PRECISION)
+            total = tl.dot(kernel.to(OPERAND), gradient.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
     tl.store(
         x + channel[:, None] * x_c + (y * x_h + z * x_w)[None, :],
         total.to(x.dtype.element_ty),
@@ -388,7 +388,9 @@ def _kernel_gradients_kernel(
                 mask=channel_exists[None, :] & inside[:, None],
                 other=0.0,
             )
-            product = tl.dot(gradient.to(OPERAND), patches.to(OPERAND), product, input_precision=PRECISION)
+            product = tl.dot(
+                gradient.to(OPERAND), patches.to(OPERAND), product, input_precision=PRECISION, out_dtype=ACC
+            )
         scale = tl.load(
             attention + sample * a_n + rows[:, None] * a_o + map_[None, :] * a_m, mask=map_exists, other=0.0
         ).to(ACC)
