@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awconv.layers.attention_head import AttentionHead
 from awconv.layers.functional import BACKENDS, aw_conv2d
 
 _Pair = int | tuple[int, int]
@@ -127,15 +128,9 @@ class AWConv2d(nn.Conv2d):
             )
         self.reduction, self.share, self.head_groups = reduction, share, head_groups
         self.residual, self.backend = residual, backend
-        self.attention = nn.Sequential()
-        self.attention.add_module("conv1", nn.Conv2d(in_channels, hidden, 1, bias=False, device=device, dtype=dtype))
-        self.attention.add_module("norm1", nn.BatchNorm2d(hidden, device=device, dtype=dtype))
-        self.attention.add_module("relu", nn.ReLU(inplace=True))
-        self.attention.add_module(
-            "conv2", nn.Conv2d(hidden, maps, 1, groups=head_groups, bias=False, device=device, dtype=dtype)
+        self.attention = AttentionHead(
+            in_channels, hidden, out_channels, group_channels // share, head_groups, device=device, dtype=dtype
         )
-        self.attention.add_module("norm2", nn.BatchNorm2d(maps, device=device, dtype=dtype))
-        self.attention.add_module("sigmoid", nn.Sigmoid())
         if zero_init:
             self._silence_attention()
 
@@ -198,8 +193,8 @@ class AWConv2d(nn.Conv2d):
         """Computes A without repeating shared values: (N, C2, C1 / groups / share, kh, kw)."""
         kh, kw = self.kernel_size
         pool = _exportable_pool if torch.compiler.is_exporting() else F.adaptive_avg_pool2d
-        maps: Tensor = self.attention(pool(input, (kh, kw)))
-        return maps.view(maps.shape[0], self.out_channels, self.in_channels // self.groups // self.share, kh, kw)
+        attention: Tensor = self.attention(pool(input, (kh, kw)))
+        return attention
 
     def _silence_attention(self) -> None:
         norm: Any = self.attention.get_submodule("norm2")  # SyncBatchNorm by now, perhaps
