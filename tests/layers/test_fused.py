@@ -77,6 +77,25 @@ def test_output_and_gradients(shape, geometry, residual, memory_format, way):
         assert got[0].is_contiguous(memory_format=memory_format)
 
 
+def test_channels_last_weights_and_maps_in_any_order(way):
+    """A network in channels_last has such kernels, and the attention head makes its maps with C2 innermost."""
+    leaves = [v.requires_grad_() for v in tensors(3, 12, 8, (3, 2), 2, 3, (7, 6))]
+    orders = [(0, 2, 3, 1), (0, 2, 3, 1), (0, 3, 4, 2, 1)]
+    moved = []
+    for leaf, order in zip(leaves, orders, strict=True):
+        memory = leaf.detach().permute(order).contiguous()
+        moved.append(memory.permute([order.index(i) for i in range(leaf.dim())]).requires_grad_())
+    arguments = (None, (2, 1), (1, 2), (1, 2), 2)
+    wanted = aw_conv2d(*leaves, *arguments, backend="gemm")
+    output = aw_conv2d(*moved, *arguments, backend="fused")
+    torch.testing.assert_close(output, wanted, rtol=1e-11, atol=1e-11)
+    gradient = torch.randn_like(output)
+    got, expected = torch.autograd.grad(output, moved, gradient), torch.autograd.grad(wanted, leaves, gradient)
+    for a, b, value in zip(got, expected, moved, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        assert a.stride() == value.stride()
+
+
 def test_derivatives_against_finite_differences(way):
     values = [v.requires_grad_() for v in tensors(2, 4, 4, (2, 3), 2, 2, (3, 4))]
 

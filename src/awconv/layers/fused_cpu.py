@@ -3,14 +3,15 @@
 Two ways to compute the same, by the size of a group's kernel:
 
 - small: a chunk of samples folded into the groups of one convolution, like the grouped backend;
-- large: a sample and a group at a time, whose kernel is scaled into one buffer for all of them and then multiplied, as
-  a matrix, with the patches. One scale serves the ``share`` channels of a map, so that these *slots* become an outer
-  axis of the kernel: all that is left of the scaling is long rows of numbers times long rows of numbers.
+- large: a sample and a group at a time, a part of whose kernel is scaled into one buffer for all of them and then
+  multiplied, as a matrix, with the patches. The kernel is laid out so that neither the product nor the scaling, by a
+  number for every ``share`` channels, meets short rows.
 
 The gradients scale the kernel again rather than keep what the forward pass formed.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 # multiplying from 256 on (2.3 MiB), where a convolution first brings each sample's kernel into an order of its own.
 _LARGE_KERNEL = 2**20
 _CHUNK_OF_KERNELS = 2**21
-# Larger results are returned to the system and fetched again, page by page, for every sample.
-_BLOCK_OF_KERNEL = 2**22
+# How much of a sample's kernel is scaled at a time. More leaves the cache, and results are returned to the system and
+# fetched again, page by page, for every sample; less makes many small products. 1 and 2 MiB were the fastest there.
+_BLOCK_OF_KERNEL = 2**21
 
 
 def forward(input: Tensor, weight: Tensor, attention: Tensor, output: Tensor, *geometry: Any) -> None:
@@ -131,14 +133,14 @@ def _gradients_by_chunk(
 # ------------------------------------------------------------------------------------------- a sample and a group
 
 
-def _groups(weight: Tensor, attention: Tensor, groups: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Of each group: its input and output channels, and its kernel as (C2, maps, share, kh * kw)."""
+def _groups(weight: Tensor, groups: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Of each group: its input and output channels, and its kernel as (C2, C1, kh, kw)."""
     out_channels, in_channels, *_ = weight.shape
-    maps, rows = attention.shape[2], out_channels // groups
+    rows = out_channels // groups
     for group in range(groups):
         inputs = slice(group * in_channels, (group + 1) * in_channels)
         outputs = slice(group * rows, (group + 1) * rows)
-        yield inputs, outputs, weight[outputs].reshape(rows, maps, in_channels // maps, -1)
+        yield inputs, outputs, weight[outputs].contiguous()
 
 
 def _forward_by_sample(
@@ -152,25 +154,31 @@ def _forward_by_sample(
     groups: int,
     residual: bool,
 ) -> None:
-    (_, _, height, width), (kh, kw) = input.shape, weight.shape[2:]
-    out_height, out_width = output.shape[2:]
-    for inputs, outputs, weights in _groups(weight, attention, groups):
-        rows, maps, share, elements = weights.shape
-        kernel = weights.permute(0, 2, 3, 1).contiguous()  # C2, share, kh * kw, maps
-        scaled, scale = torch.empty_like(kernel), kernel.new_empty(rows, 1, elements, maps)
+    (height, width), (kh, kw), maps = input.shape[2:], weight.shape[2:], attention.shape[2]
+    share = weight.shape[1] // maps
+    for inputs, outputs, weights in _groups(weight, groups):
+        rows = len(weights)
+        # The reduced axis innermost, as the product wants it, and in it the channels of a map outermost: a scale is
+        # then spread over long rows of numbers.
+        kernel = weights.view(rows, maps, share, kh * kw).permute(0, 2, 3, 1).contiguous().flatten(2)
+        blocks = _split(kernel)
+        scaled, scale = torch.empty_like(blocks[0]), torch.empty_like(kernel[:, :1])
         padded = input.new_zeros(height + 2 * padding[0], width + 2 * padding[1], share, maps)
-        interior = padded[padding[0] : padding[0] + height, padding[1] : padding[1] + width]
-        down, right, *inner = padded.stride()
-        patches = padded.as_strided(
-            (out_height, out_width, share, kh, kw, maps),
-            (down * stride[0], right * stride[1], inner[0], down * dilation[0], right * dilation[1], inner[1]),
-        )
+        inside = padded[padding[0] : padding[0] + height, padding[1] : padding[1] + width]
+        patches = _patches(padded.permute(2, 3, 0, 1), output.shape[2:], (kh, kw), stride, dilation)
+        patches = patches.permute(4, 5, 0, 2, 3, 1)
         for image, gate, written in zip(input[:, inputs], attention[:, outputs], output[:, outputs], strict=True):
-            interior.copy_(image.unflatten(0, (maps, share)).permute(2, 3, 1, 0))
-            scale.copy_(gate.flatten(2).transpose(1, 2).unsqueeze(1))
-            torch.mul(kernel, scale.add_(1) if residual else scale, out=scaled)
-            columns = patches.reshape(out_height * out_width, -1)
-            written.copy_(_product(scaled.view(rows, -1), columns).view(written.shape))
+            inside.copy_(image.unflatten(0, (maps, share)).permute(2, 3, 1, 0))
+            columns = patches.reshape(-1, share * kh * kw * maps)
+            scale[:, 0].copy_(gate.permute(2, 3, 1, 0).reshape(-1, rows).t())
+            if residual:
+                scale += 1
+            done = 0
+            for block in blocks:
+                part = slice(done, done + len(block))
+                products = torch.mul(block, scale[part], out=scaled[: len(block)])
+                written[part] = _product(columns, products.flatten(1)).t().unflatten(1, written.shape[1:])
+                done += len(block)
 
 
 def _gradients_by_sample(
@@ -186,60 +194,72 @@ def _gradients_by_sample(
     groups: int,
     residual: bool,
 ) -> Tensor | None:
-    kernel_size, size = weight.shape[2:], input.shape[2:]
-    window = tuple(dilation), tuple(padding), tuple(stride)
-    by_weight = None
-    for inputs, outputs, weights in _groups(weight, attention, groups):
-        rows, maps, share, elements = weights.shape
-        # Output channels innermost: then neither product has to transpose the kernel. Through C2, share, maps, kh * kw,
-        # since torch is quick to transpose matrices, and slow to permute.
-        kernel = weights.transpose(1, 2).flatten(1).t().contiguous().view(share, maps * elements, rows)
-        total = None if by_attention is None else torch.zeros_like(kernel, dtype=_exact(weight))
-        blocks = torch.split(kernel, max(1, _BLOCK_OF_KERNEL // kernel[0].nbytes))
-        scaled = torch.empty_like(blocks[0])
-        for sample in range(input.shape[0]):
-            given = gradient[sample, outputs].reshape(rows, -1)
-            scale = attention[sample, outputs].reshape(rows, -1).t().contiguous()
-            if residual:
-                scale += 1
-            if by_input is not None:
-                transposed = given.t().contiguous()
-                columns = torch.cat(
-                    [
-                        _product(torch.mul(block, scale, out=scaled[: len(block)]).view(-1, rows), transposed)
-                        for block in blocks
-                    ]
-                )
-                folded = F.fold(columns.unsqueeze(0), size, kernel_size, *window)
-                by_input[sample, inputs] = folded.view(share, maps, *size).transpose(0, 1).flatten(0, 1)
-            if by_attention is not None and total is not None:
-                image = input[sample, inputs].unflatten(0, (maps, share)).transpose(0, 1)
-                columns = F.unfold(image.reshape(1, -1, *size), kernel_size, *window)[0]
-                columns = columns.view(share, maps * elements, -1)
-                sums = torch.zeros_like(scale, dtype=total.dtype)
-                done = 0
-                for block in blocks:
-                    part = slice(done, done + len(block))
-                    product = _product(columns[part].flatten(0, 1), given).view(block.shape).to(total.dtype)
-                    total[part].addcmul_(product, scale)
-                    sums += product.mul_(block).sum(0)
-                    done += len(block)
-                by_attention[sample, outputs] = sums.t().contiguous().view(rows, maps, *kernel_size).to(weight.dtype)
-        if total is not None:
-            del kernel, blocks, scaled  # what follows needs their memory
-            total = total.view(-1, rows).t().contiguous().view(rows, share, maps, *kernel_size)
-            by_weight = torch.empty_like(weight, dtype=total.dtype) if by_weight is None else by_weight
-            by_weight[outputs] = total.transpose(1, 2).flatten(1, 2)
+    kernel_size, size, maps = weight.shape[2:], input.shape[2:], attention.shape[2]
+    share, elements = weight.shape[1] // maps, kernel_size.numel()
+    by_weight = None if by_attention is None else torch.empty_like(weight, dtype=_exact(weight))
+    for inputs, outputs, weights in _groups(weight, groups):
+        rows = len(weights)
+        given = gradient[:, outputs].reshape(len(input), rows, -1)
+        transposed = given.transpose(1, 2).contiguous()
+        # Output channels innermost, so that neither product has to transpose the kernel; a few maps at a time, whose
+        # kernel, scaled kernel, its gradient and their sum stay in cache from one sample to the next.
+        done = 0
+        for block in _split(weights.view(rows, maps, share * elements).transpose(0, 1)):
+            some = slice(done, done + len(block))
+            done = some.stop
+            channels = slice(some.start * share, some.stop * share)
+            images = input[:, inputs][:, channels]
+            kernel = weights[:, channels].reshape(rows, -1).t().contiguous().view(-1, share, *kernel_size, rows)
+            total = None if by_weight is None else torch.zeros_like(kernel, dtype=by_weight.dtype)
+            scaled, scale = torch.empty_like(kernel), torch.empty_like(kernel[:, :1])
+            padded = F.pad(torch.zeros_like(images[0]), (padding[1], padding[1], padding[0], padding[0]))
+            inside = padded[:, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
+            patches = _patches(padded, gradient.shape[2:], kernel_size, stride, dilation)
+            window = tuple(dilation), tuple(padding), tuple(stride)
+            for sample, gate in enumerate(_output_channels_last(attention[:, outputs, some])):
+                torch.add(gate, 1 if residual else 0, out=scale[:, 0])
+                if by_input is not None:
+                    columns = _product(torch.mul(kernel, scale, out=scaled).view(-1, rows), transposed[sample])
+                    folded = F.fold(columns.unsqueeze(0), size, kernel_size, *window)
+                    by_input[sample, inputs][channels] = folded[0]
+                if by_attention is not None and total is not None:
+                    inside.copy_(images[sample])
+                    product = _product(patches.reshape(-1, given.shape[2]), given[sample])
+                    product = product.view(kernel.shape).to(total.dtype)
+                    total.addcmul_(product, scale)
+                    _output_channels_last(by_attention[:, outputs, some])[sample] = product.mul_(kernel).sum(1)
+            if by_weight is not None and total is not None:
+                # in two steps, since torch is quick to transpose matrices, and slow to copy otherwise
+                by_weight[outputs, channels] = total.view(-1, rows).t().contiguous().view(rows, -1, *kernel_size)
     return by_weight
+
+
+def _split(kernel: Tensor) -> tuple[Tensor, ...]:
+    """Cuts the first axis into as few parts of one size as have at most ``_BLOCK_OF_KERNEL`` bytes."""
+    parts = min(len(kernel), math.ceil(kernel.nbytes / _BLOCK_OF_KERNEL))
+    return kernel.split(math.ceil(len(kernel) / parts))
+
+
+def _output_channels_last(attention: Tensor) -> Tensor:
+    """Views (N, C2, maps, kh, kw) as (N, maps, kh, kw, C2)."""
+    return attention.movedim(1, -1)
+
+
+def _patches(
+    padded: Tensor, out_size: torch.Size, kernel_size: Sequence[int], stride: list[int], dilation: list[int]
+) -> Tensor:
+    """Views (..., H, W) as (..., kh, kw, H', W'), as often as the kernel's elements see each pixel."""
+    *channels, down, right = padded.stride()
+    return padded.as_strided(
+        (*padded.shape[:-2], *kernel_size, *out_size),
+        (*channels, down * dilation[0], right * dilation[1], down * stride[0], right * stride[1]),
+    )
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T``, of (M, K) and (N, K), both contiguous."""
-    if a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return a @ b.t()
-    # torch multiplies float32 matrices by MKL, which takes two to three times as long on AMD as oneDNN does. That does
-    # convolutions, so this is one: the rows of ``a`` are the pixels of a channels_last image, those of ``b`` 1x1
-    # kernels. Dilating these changes nothing, but without it torch would take its own way for a single image.
-    image = a.view(1, 1, *a.shape).permute(0, 3, 1, 2)
-    result = F.conv2d(image, b.view(*b.shape, 1, 1), dilation=2)
-    return result.permute(0, 2, 3, 1).reshape(a.shape[0], -1)
+    if a.dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        # torch multiplies float32 matrices by MKL, which takes two to three times as long on AMD as oneDNN does. This
+        # is the operator that torch.compile puts in the place of a linear layer.
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return a @ b.t()
