@@ -129,7 +129,7 @@ def test_train_and_val_share_the_pixels(cifar10_root):
     module = CIFAR10DataModule(str(cifar10_root), val_size=5)
     module.setup("fit")
     train, val = module._datasets["train"].dataset, module._datasets["val"].dataset
-    assert train.data is val.data
+    assert train.pictures.data_ptr() == val.pictures.data_ptr() == module._archives[True].data.ctypes.data
     assert train.transform is not val.transform
 
 

@@ -305,7 +305,7 @@ def describe_preprocessing(data: "ClassificationDataModule") -> dict[str, Any]:
 def _steps(transform: Any) -> list[dict[str, Any]]:
     from torchvision.transforms import v2
 
-    from awconv.data.classification import ToImage
+    from awconv.data.transforms import ToImage
 
     def described(part: Any) -> list[dict[str, Any]]:
         match part:

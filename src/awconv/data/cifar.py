@@ -1,12 +1,12 @@
 """CIFAR-10 and CIFAR-100 through torchvision's own classes."""
 
-import copy
 import os
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import Subset
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
@@ -106,7 +106,7 @@ class CIFAR10DataModule(ClassificationDataModule):
         if not self.keep_on_device:
             return super().load_split(split)
         archive, chosen = self._part(split)
-        pictures, targets = torch.from_numpy(archive.data).permute(0, 3, 1, 2), torch.tensor(archive.targets)
+        pictures, targets = _as_tensor(archive), torch.tensor(archive.targets)
         augmented = split == "train" and self.augment == "basic"
         unaugmented = self.plain_geometry() if split == "train" else self.eval_geometry()
         geometry = [v2.Resize(self.image_size)] if augmented else unaugmented
@@ -121,9 +121,7 @@ class CIFAR10DataModule(ClassificationDataModule):
     def load(self, split: Split, transform: Transform) -> MapDataset:
         """Return a split; see :class:`ClassificationDataModule`."""
         archive, chosen = self._part(split)
-        # training and validation share the pixels and differ in the transform
-        pictures: Any = copy.copy(archive)
-        pictures.transform = transform
+        pictures = _Pictures(_as_tensor(archive), archive.targets, transform)
         return pictures if chosen is None else Subset(pictures, chosen)
 
     def _part(self, split: Split) -> tuple[datasets.CIFAR10, list[int] | None]:
@@ -170,6 +168,24 @@ class CIFAR10DataModule(ClassificationDataModule):
             return f"root={self.root!r}: {folder} lacks {', '.join(missing)}; {get_it}"
         damaged = [name for name, md5 in files.items() if not check_integrity(os.path.join(folder, name), md5)]
         return f"root={self.root!r}: {', '.join(damaged)} in {folder} is damaged (wrong MD5 sum); delete and {get_it}"
+
+
+def _as_tensor(archive: datasets.CIFAR10) -> Tensor:
+    """The pictures of an archive, uint8 (N, 3, 32, 32), in the memory that holds them."""
+    return torch.from_numpy(archive.data).permute(0, 3, 1, 2)
+
+
+class _Pictures(Dataset[tuple[Any, int]]):
+    """What torchvision's class is too, but for the PIL image in between, which takes longer than to crop it."""
+
+    def __init__(self, pictures: Tensor, targets: list[int], transform: Transform) -> None:
+        self.pictures, self.targets, self.transform = pictures, targets, transform
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.pictures[index]), self.targets[index]
 
 
 class CIFAR100DataModule(CIFAR10DataModule):

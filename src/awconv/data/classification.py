@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
-import PIL.Image
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
 from awconv.data.base import BaseDataModule, Split, Transform
 from awconv.data.loading import MapDataset, collate, seeded
-from awconv.data.pictures import eight_bits
+from awconv.data.transforms import Normalise, RandomMirror, Resize, ShiftedCrop, ToImage
 from awconv.errors import is_number, require, require_int, require_number
 
 Augment: TypeAlias = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
@@ -133,17 +132,17 @@ class ClassificationDataModule(BaseDataModule):
     # ---- transforms
 
     def train_geometry(self) -> list[Transform]:
-        """Transforms of a training picture (uint8 image) that end in `image_size`: a shifted crop and a flip."""
+        """Transforms of a training picture, a uint8 tensor, that end in `image_size`: a shifted crop and a flip."""
         size = self.image_size
         return [
-            v2.Resize(size),
-            v2.RandomCrop(size, padding=size // 8),
-            v2.RandomHorizontalFlip(),
+            Resize(size),
+            ShiftedCrop(size, padding=size // 8),
+            RandomMirror(),
         ]
 
     def eval_geometry(self) -> list[Transform]:
-        """Transforms of an evaluation picture (uint8 image) that end in the size to evaluate at."""
-        return [v2.Resize(self.image_size), v2.CenterCrop(self.image_size)]
+        """Transforms of an evaluation picture, a uint8 tensor, that end in the size to evaluate at."""
+        return [Resize(self.image_size), v2.CenterCrop(self.image_size)]
 
     def plain_geometry(self) -> list[Transform]:
         """Transforms of a training picture where `augment` is "none"; as in evaluation by default."""
@@ -170,16 +169,8 @@ class ClassificationDataModule(BaseDataModule):
         return self.eval_transform()
 
     def _transform(self, on_bytes: list[Transform], on_floats: list[Transform] | None = None) -> Transform:
-        compose: Transform = v2.Compose(
-            [
-                ToImage(self.in_channels),
-                *on_bytes,
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(list(self.mean), list(self.std)),
-                *(on_floats or []),
-                v2.ToPureTensor(),
-            ]
-        )
+        normalise = Normalise(self.mean, self.std)
+        compose: Transform = v2.Compose([ToImage(self.in_channels), *on_bytes, normalise, *(on_floats or [])])
         return compose
 
     def batch_transforms(self) -> list[BatchTransform]:
@@ -204,28 +195,3 @@ class ClassificationDataModule(BaseDataModule):
             for transform in self._batch_transforms:
                 batch = transform(*batch)
         return batch
-
-
-class ToImage:
-    """Turns a picture, PIL image or tensor (C, H, W), into an image of the wanted number of channels.
-
-    Between grey and RGB it converts; any other number of channels is for the data set to supply.
-    """
-
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
-
-    def __call__(self, picture: Any) -> Tensor:
-        """Gives the picture as an image (channels, H, W)."""
-        to_grey = self.channels == 1
-        convertible = self.channels in (1, 3)
-        if isinstance(picture, PIL.Image.Image) and convertible:
-            picture = eight_bits(picture, "L" if to_grey else "RGB", getattr(picture, "filename", "") or "a picture")
-        image: Tensor = v2.functional.to_image(picture)
-        present = image.shape[-3]
-        if present == self.channels or not convertible:
-            return image
-        # the second of two channels and the fourth of four are transparency
-        image = image[..., : 1 if present == 2 else 3, :, :]
-        image = v2.functional.rgb_to_grayscale(image) if to_grey else v2.functional.grayscale_to_rgb(image)
-        return image

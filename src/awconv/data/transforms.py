@@ -1,0 +1,113 @@
+"""Transforms of single pictures that cost little of their own.
+
+torchvision's do the same and more: they look through any structure for images, boxes and masks, which costs tens of
+microseconds a step, more than a small picture takes to crop or to normalise. These take a picture alone, and leave
+what they do not know to torchvision's.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms import v2
+
+from awconv.data.pictures import eight_bits
+
+
+class ToImage:
+    """Turns a picture, PIL image or tensor (C, H, W), into a tensor of the wanted number of channels.
+
+    Between grey and RGB it converts; any other number of channels is for the data set to supply.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __call__(self, picture: Any) -> Tensor:
+        """Gives the picture as a tensor (channels, H, W)."""
+        to_grey = self.channels == 1
+        convertible = self.channels in (1, 3)
+        if isinstance(picture, PIL.Image.Image) and convertible:
+            picture = eight_bits(picture, "L" if to_grey else "RGB", getattr(picture, "filename", "") or "a picture")
+        image: Tensor = picture if isinstance(picture, Tensor) else v2.functional.to_image(picture)
+        if type(image) is not Tensor:  # whose operations all take a detour through Python
+            image = image.as_subclass(Tensor)
+        present = image.shape[-3]
+        if present == self.channels or not convertible:
+            return image
+        # the second of two channels and the fourth of four are transparency
+        image = image[..., : 1 if present == 2 else 3, :, :]
+        image = v2.functional.rgb_to_grayscale(image) if to_grey else v2.functional.grayscale_to_rgb(image)
+        return image
+
+
+class Resize(v2.Resize):  # type: ignore[misc]
+    """torchvision's, which here leaves a picture at once whose shorter side has the length already."""
+
+    def forward(self, *inputs: Any) -> Any:
+        """Gives the picture with its shorter side of the length."""
+        if len(inputs) == 1 and type(inputs[0]) is Tensor and [min(inputs[0].shape[-2:])] == self.size:
+            return inputs[0]
+        return super().forward(*inputs)
+
+
+class ShiftedCrop:
+    """Pads a picture with zeros, and crops it at a random place.
+
+    Args:
+        size: Height and width of the crop in pixels.
+        padding: Pixels added on each side.
+    """
+
+    def __init__(self, size: int, padding: int) -> None:
+        self.size, self.padding = size, padding
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Gives the crop of an image (..., H, W)."""
+        padded = F.pad(image, [self.padding] * 4)
+        # one call for both: drawing takes as long as cropping
+        down, right = (
+            int(drawn * (side - self.size + 1))
+            for drawn, side in zip(torch.rand(2).tolist(), padded.shape[-2:], strict=True)
+        )
+        return padded[..., down : down + self.size, right : right + self.size]
+
+
+class RandomMirror:
+    """Mirrors a picture left to right, half of the time."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Gives the image (..., H, W), mirrored or not."""
+        return image.flip(-1) if torch.rand(()).item() < 0.5 else image
+
+
+class Normalise(v2.Compose):  # type: ignore[misc]
+    """Scales bytes to [0, 1], subtracts each channel's mean and divides by its standard deviation, all at once.
+
+    Args:
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        scaled = v2.ToDtype(torch.float32, scale=True)
+        super().__init__([scaled, v2.Normalize(list(mean), list(std)), v2.ToPureTensor()])
+        self._of = tuple(mean), tuple(std)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Gives an image (..., C, H, W), or a batch of them, as normalised floats."""
+        image = inputs[0]
+        if len(inputs) > 1 or type(image) is not Tensor or image.dtype != torch.uint8:
+            return super().forward(*inputs)
+        factor, offset = _factor_and_offset(*self._of, image.device)
+        return image.float().mul_(factor).add_(offset)
+
+
+@lru_cache
+def _factor_and_offset(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    centre, spread = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std))
+    return (1 / (255 * spread)).float().to(device), (-centre / spread).float().to(device)
