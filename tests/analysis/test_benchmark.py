@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from awconv.analysis import benchmark
+from awconv.analysis import benchmark, loader_benchmark, network_benchmark
 from awconv.layers import BACKENDS
 
 CONTENDERS = ["Conv2d", *(f"AWConv2d {backend}" for backend in BACKENDS), "CondConv2d"]
@@ -95,6 +95,64 @@ def test_short_calls_are_repeated_within_a_visit(monkeypatch):
     # 10 ms are filled by four calls of 3 ms; three calls are made before
     assert len(clock.visited) == 3 + 5 * 4
     assert result["short"].times == pytest.approx([0.003] * 5)
+
+
+def limited(monkeypatch, deadline, seconds=1.0, repeats=12, **contenders):
+    clock = Clock(monkeypatch)
+    cases = [{name: clock.contender(name, contenders.get(name, seconds)) for name in names} for names in ("abc", "xy")]
+    return benchmark.measure_interleaved(cases, repeats=repeats, deadline=deadline), clock
+
+
+def test_repeats_are_made_as_long_as_there_is_time(monkeypatch):
+    # five contenders are warmed up by 3 calls each; then a round takes 5 seconds
+    results, clock = limited(monkeypatch, 15 + 7 * 5 + 4)
+    assert {len(m.times) for r in results for m in r.values()} == {7}
+    assert clock.now == 15 + 7 * 5
+
+
+def test_a_limit_leaves_contenders_out_rather_than_making_fewer_than_three_repeats(monkeypatch):
+    results, clock = limited(monkeypatch, 23.0)
+    # the first ones of both cases, and then, from the last case on, those that fit
+    assert [list(r) for r in results] == [["a"], ["x", "y"]]
+    assert min(len(m.times) for r in results for m in r.values()) >= 3
+    assert clock.now <= 23.0
+
+
+def test_a_contender_that_turns_out_too_slow_is_left_out_and_faster_ones_are_not(monkeypatch):
+    results, clock = limited(monkeypatch, 150, y=30.0)
+    assert [list(r) for r in results] == [["a", "b", "c"], ["x"]]
+    assert clock.now <= 150
+
+
+def test_what_cannot_be_warmed_up_in_time_is_not_begun(monkeypatch):
+    """A compiler's minutes show in the first of them: the next one is given twice as much."""
+    clock = Clock(monkeypatch)
+    names = ("plain", "other", "last")
+    case = {name: clock.contender(name, 60.0, 0.1) for name in names}
+    [result] = benchmark.measure_interleaved([case], repeats=5, deadline=240.0)
+    assert list(result) == ["plain", "other"]
+    assert clock.visited.count("last") == 0
+
+
+def test_no_time_at_all_measures_nothing(monkeypatch):
+    results, clock = limited(monkeypatch, 0.0)
+    assert results == [{}, {}]
+    assert clock.visited == []
+
+
+def test_replays_of_graphs_are_what_is_timed(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    graphs = {"captured": clock.contender("graph", 2.0)}
+    calls = {name: clock.contender(name, 5.0) for name in ("captured", "not capturable")}
+    captured = {calls[name]: graph for name, graph in graphs.items()}
+    monkeypatch.setattr(benchmark, "_captured", lambda call, pool: captured.get(call))
+    [result] = benchmark.measure_interleaved([calls], repeats=3, device="cuda", replay=True)
+    assert result["captured"].times == [2.0] * 3
+    assert result["captured"].replayed
+    assert result["not capturable"].times == [5.0] * 3
+    assert not result["not capturable"].replayed
 
 
 def test_one_repeat_has_quartiles():
@@ -309,6 +367,120 @@ def test_table_is_aligned_markdown():
     assert body[0].index("25.0 |") == body[1].index("50.0 |")
 
 
+def test_what_was_not_reached_is_said_in_the_table(monkeypatch, capsys):
+    measure = benchmark.measure_interleaved
+
+    def without_gemm(cases, **options):
+        return [{n: m for n, m in r.items() if n != "AWConv2d gemm"} for r in measure(cases, **options)]
+
+    monkeypatch.setattr(benchmark, "measure_interleaved", without_gemm)
+    monkeypatch.setattr(benchmark, "RESNET50_SHAPES", ((16, 5),))
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: benchmark.Ceilings(1e9, 1e9))
+    benchmark.main(["layers", "--batch", "1", "--quick", "--minutes", "5"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert [line.count("not reached") for line in lines if "AWConv2d gemm" in line] == [2]
+    assert sum(line.count("not reached") for line in lines) == 2
+
+
+# --- everything, within a number of minutes -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def all_in_this_process(monkeypatch):
+    """Runs the parts of `all` on little, here rather than in processes; gives what was run, each with its limit."""
+    networks = {"resnet18": {"name": "resnet18"}}
+    monkeypatch.setattr(network_benchmark, "NETWORKS", networks)
+    monkeypatch.setattr(benchmark, "RESNET50_SHAPES", ((16, 5),))
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: benchmark.Ceilings(1e9, 1e9))
+    monkeypatch.setattr(loader_benchmark, "benchmark_loaders", lambda *_, **__: [])
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    ran = []
+
+    def run(command, environment, seconds):
+        ran.append((command, environment, seconds))
+        small = {"network": ["--size", "32", "--batch", "2", "--repeats", "1"], "layers": ["--batch", "1", "--quick"]}
+        benchmark.main([*command, *small.get(command[0], [])])
+        return "done"
+
+    monkeypatch.setattr(benchmark, "_run_part", run)
+    return ran
+
+
+def test_all_writes_a_record_of_every_part(all_in_this_process, tmp_path, capsys):
+    folder = tmp_path / "records"
+    benchmark.main(["all", "--out", str(folder), "--minutes", "2"])
+    names = ["check", "layers", "network", "profile", "loader", "network_compiled"]
+    assert {file.stem for file in folder.iterdir()} == {*names, "all"}
+    for name in names:
+        record = json.loads((folder / f"{name}.json").read_text())
+        assert record["benchmark"] == name.removesuffix("_compiled")
+        assert 0 < record["arguments"]["minutes"] < 2
+    summary = json.loads((folder / "all.json").read_text())
+    assert [(part["part"], part["outcome"]) for part in summary["parts"]] == [(name, "done") for name in names]
+    assert json.loads((folder / "network_compiled.json").read_text())["arguments"]["compile"]
+    # each is told to end before it is ended
+    minutes = [float(command[command.index("--minutes") + 1]) for command, _, _ in all_in_this_process]
+    limits = [seconds for *_, seconds in all_in_this_process]
+    assert all(60 * m < seconds for m, seconds in zip(minutes, limits, strict=True))
+    assert "=== layers: done" in capsys.readouterr().out
+
+
+def test_parts_share_what_is_left(tmp_path, monkeypatch):
+    """However long each takes up to its limit, the sum is the whole; a part leaves to others what it does not use."""
+    now, taken, limits = [0.0], {"check": 0.0}, {}
+
+    def run(command, environment, seconds):
+        limits[command[command.index("--json") + 1].split("/")[-1]] = seconds
+        now[0] += taken.get(command[0], seconds)
+        return "ended at its limit"
+
+    monkeypatch.setattr(benchmark, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark, "_run_part", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(["all", "--device", "cuda", "--dtype", "bfloat16", "--out", str(tmp_path / "new")])
+    assert caught.value.code == 1
+    assert now[0] == pytest.approx(8.5 * 60)
+    assert len(limits) == len(benchmark._PARTS)
+    assert limits["layers.json"] == pytest.approx(8.5 * 60 * 16 / sum(w for _, w, *_ in benchmark._PARTS[1:]))
+
+
+def test_a_part_that_lacks_a_package_is_left_out_and_said(all_in_this_process, tmp_path, monkeypatch, capsys):
+    find = benchmark.find_spec
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None if name == "lightning" else find(name))
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(["all", "--out", str(tmp_path / "new")])
+    assert caught.value.code == 1
+    assert "loader: left out: lightning is not installed" in capsys.readouterr().out
+    assert all(command[0] != "loader" for command, *_ in all_in_this_process)
+    assert (tmp_path / "new" / "network_compiled.json").exists()
+
+
+def test_each_part_is_a_process_and_all_go_on_whatever_one_does(tmp_path, monkeypatch):
+    seen = []
+
+    def run(command, *, env, timeout, check):
+        seen.append((command[3], env.get("AWCONV_AUTOTUNE")))
+        if len(seen) == 1:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return subprocess.CompletedProcess(command, 3 if len(seen) == 2 else 0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("AWCONV_AUTOTUNE", raising=False)
+    with pytest.raises(SystemExit):
+        benchmark.main(["all", "--device", "cuda", "--out", str(tmp_path / "new")])
+    assert [name for name, tuned in seen if tuned == "1"] == ["layers", "check"]
+    outcomes = [part["outcome"] for part in json.loads((tmp_path / "new" / "all.json").read_text())["parts"]]
+    assert outcomes[:3] == ["ended at its limit", "failed with exit code 3", "done"]
+
+
+def test_all_writes_into_no_existing_folder(tmp_path, capsys):
+    assert "exists" in refused(["all", "--out", str(tmp_path)], capsys)
+    assert "nowhere" in refused(["all", "--out", str(tmp_path / "nowhere" / "records")], capsys)
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -352,7 +524,9 @@ def test_quick_run_prints_the_table_and_writes_the_records(tmp_path, capsys, mon
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", records["date"])
     assert records["versions"]["torch"] == torch.__version__
     assert set(records["versions"]) == {"python", "torch", "torchvision", "timm", "awconv"}
-    assert records["arguments"] == {"device": "cpu", "batch": 1, "dtype": "float32", "repeats": 3}
+    assert records["arguments"] == {
+        "device": "cpu", "batch": 1, "dtype": "float32", "repeats": 3, "memory_format": "contiguous_format",
+    }  # fmt: skip
     assert len(records["rows"]) == 2 * 2 * len(CONTENDERS)
     first = records["rows"][0]
     assert cells[2][2].startswith(f"{first['median_ms']:.2f} (")
@@ -395,6 +569,9 @@ def refused(args, capsys):
         (["layers", "--dtype", "int8"], ["--dtype", "int8", "float32", "bfloat16", "float16"]),
         (["layers", "--device", "tpu"], ["--device", "tpu", "cpu", "cuda"]),
         (["layers", "--fast"], ["--fast"]),
+        (["layers", "--minutes", "0"], ["--minutes", "'0'", "above 0"]),
+        (["layers", "--minutes", "nan"], ["--minutes", "'nan'"]),
+        (["all"], ["--out"]),
         (["loader", "--workers", "0"], ["--workers", "'0'", "from 1"]),
         (["loader", "--dtype", "float32"], ["--dtype"]),
         (["draw", "nowhere.json", "--out", "picture.png"], ["nowhere.json", "cannot be read"]),

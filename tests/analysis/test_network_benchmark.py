@@ -78,12 +78,26 @@ def test_the_command_prints_a_table_and_writes_the_records(small, tmp_path, caps
     assert record["benchmark"] == "network"
     assert record["arguments"] == {
         "device": "cpu", "batch": 2, "dtype": "float32", "repeats": 1, "size": 32, "compile": False,
+        "memory_format": "contiguous_format",
     }  # fmt: skip
     assert len(record["rows"]) == 4
     lines = [line for line in said.splitlines() if line.startswith("|")]
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
     assert f"{2e3 / record['rows'][0]['median_ms']:.1f}" in lines[2]
+
+
+def test_networks_that_are_not_reached_have_no_times(small, monkeypatch):
+    def nothing(cases, **options):
+        assert options["deadline"] == 7.0
+        return [{} for _ in cases]
+
+    monkeypatch.setattr(network_benchmark, "measure_interleaved", nothing)
+    rows = benchmark_networks(device="cpu", batch=2, size=32, dtype=torch.float32, repeats=1, deadline=7.0)
+    assert [row["median_ms"] for row in rows] == [None] * 4
+    table = network_benchmark.networks_table(rows, 2).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    assert [line.count("not reached") for line in table] == [0, 0, 2, 2]
 
 
 WRONG = [["--batch", "0"], ["--batch", "1"], ["--size", "x"], ["--device", "cuda"], ["--quick", "--depth", "3"]]

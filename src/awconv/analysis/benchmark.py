@@ -1,6 +1,7 @@
 """What AW-convolution costs in time and memory, beside a plain convolution and its peers.
 
-Run it as ``python -m awconv.analysis.benchmark layers``, ``network`` or ``loader``; ``draw`` draws a record.
+Run it as ``python -m awconv.analysis.benchmark layers``, ``network`` or ``loader``; ``check`` compares numbers with
+float64, ``profile`` counts launches, ``all`` does everything within a number of minutes, and ``draw`` draws a record.
 """
 
 import argparse
@@ -10,10 +11,13 @@ import math
 import os
 import platform
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -34,6 +38,8 @@ PASSES = ("forward", "forward+backward")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BATCHES = {"cpu": 16, "cuda": 256}
 _REPEATS, _QUICK_REPEATS = 20, 3
+# Fewer have no quartiles to speak of: a time limit rather leaves contenders out.
+_LEAST_REPEATS = 3
 # Shorter visits would time the clock and, on CUDA, the launch of the first kernel.
 _SECONDS_A_VISIT = 0.01
 MIB = 2**20
@@ -48,10 +54,12 @@ class Measurement(NamedTuple):
         times: Seconds a call, one value for each repeat, in the order of the repeats.
         peak_memory: Largest number of bytes that one call held at once, beyond what was there before it; 0 where it was
             not metered.
+        replayed: Whether the times are those of a CUDA graph, which the host launches at once, rather than of calls.
     """
 
     times: list[float]
     peak_memory: int
+    replayed: bool = False
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -96,6 +104,8 @@ def measure_interleaved(
     device: str = "cpu",
     seed: int = 0,
     meter_memory: bool = True,
+    replay: bool = False,
+    deadline: float = math.inf,
 ) -> list[dict[str, Measurement]]:
     """Times contenders side by side: every repeat visits every contender of every case.
 
@@ -103,33 +113,66 @@ def measure_interleaved(
     to warm up, then once to meter its memory; then every repeat walks through the cases and, within each, through
     its contenders, both in an order shuffled from ``seed``. A visit makes as many calls as fill 10 ms, at least one.
 
+    Contenders are warmed up in the order of their importance: the first ones of all cases, last case first, then the
+    second ones. One is left out where, before ``deadline``, it could not be warmed up (it is given twice the time of
+    the slowest one so far) and visited 3 times with all others; then repeats are made as long as there is time.
+
     Args:
         cases: Each maps the names of contenders that are compared with each other to calls without arguments.
         repeats: Number of visits to each contender, at least 1.
         device: ``"cpu"`` or ``"cuda"``: where the calls compute.
         seed: Of the order of the visits.
         meter_memory: Whether peak memory is wanted too.
+        replay: Whether calls on CUDA are captured in graphs, whose replays are timed. Python takes longer to launch the
+            kernels of a small layer than a GPU to compute them. What cannot be captured is called.
+        deadline: Value of ``time.perf_counter`` at which there should be an end.
 
     Returns:
-        For each case, a measurement under each contender's name.
+        For each case, a measurement under each contender's name; without those that were left out.
     """
+    least = min(repeats, _LEAST_REPEATS)
+    pool = torch.cuda.graph_pool_handle() if replay and device == "cuda" else None
+    calls: dict[tuple[int, str], Call] = {}
     calls_a_visit: dict[tuple[int, str], int] = {}
     peaks: dict[tuple[int, str], int] = {}
     times: dict[tuple[int, str], list[float]] = {}
-    for index, case in enumerate(cases):
-        for name, call in case.items():
-            _time(call, 1, device)
-            calls_a_visit[index, name] = max(1, math.ceil(_SECONDS_A_VISIT / _time(call, 1, device)))
-            peaks[index, name] = peak_memory(call, device) if meter_memory else 0
-            times[index, name] = []
+    replayed: dict[tuple[int, str], bool] = {}
+    a_round = longest = 0.0
+    for index, name in _by_importance(cases):
+        start = perf_counter()
+        if start + 2 * longest + least * a_round >= deadline:
+            break
+        call = cases[index][name]
+        _time(call, 1, device)
+        seconds = _time(call, 1, device)
+        peak = peak_memory(call, device) if meter_memory else 0
+        graph = None if pool is None else _captured(call, pool)
+        if graph is not None:
+            call, seconds = graph, _time(graph, 1, device)
+        number = max(1, math.ceil(_SECONDS_A_VISIT / seconds))
+        now = perf_counter()
+        if now + least * (a_round + number * seconds) >= deadline:
+            continue
+        longest = max(longest, now - start)
+        a_round += number * seconds
+        key = index, name
+        calls[key], calls_a_visit[key], peaks[key], times[key], replayed[key] = call, number, peak, [], bool(graph)
     order = random.Random(seed)
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat >= least and perf_counter() + a_round >= deadline:
+            break
         for index in order.sample(range(len(cases)), len(cases)):
             for name in order.sample(list(cases[index]), len(cases[index])):
-                seconds = _time(cases[index][name], calls_a_visit[index, name], device)
-                times[index, name].append(seconds)
+                key = index, name
+                if key in calls:
+                    times[key].append(_time(calls[key], calls_a_visit[key], device))
     return [
-        {name: Measurement(times[index, name], peaks[index, name]) for name in case} for index, case in enumerate(cases)
+        {
+            name: Measurement(times[index, name], peaks[index, name], replayed[index, name])
+            for name in case
+            if (index, name) in times
+        }
+        for index, case in enumerate(cases)
     ]
 
 
@@ -204,12 +247,20 @@ def measure_ceilings(device: str, dtype: torch.dtype, *, repeats: int = 30) -> C
 
 
 def benchmark_layers(
-    shapes: Sequence[tuple[int, int]], *, device: str, batch: int, dtype: torch.dtype, repeats: int
+    shapes: Sequence[tuple[int, int]],
+    *,
+    device: str,
+    batch: int,
+    dtype: torch.dtype,
+    repeats: int,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Compares a plain convolution, AW-convolution with each backend, and CondConv on 3x3 layers of stride 1.
 
     ``forward`` is in evaluation mode without a graph; ``forward+backward`` is in training mode with gradients to
-    the input and to every parameter. All contenders of a shape see the same input.
+    the input and to every parameter. All contenders of a shape see the same input. On CUDA inputs and layers are in
+    channels_last, and what is timed are replays of CUDA graphs: the kernels, and not how long Python takes to launch
+    them (networks are timed as they are trained). An input that fits into the L2 cache is there from the call before.
 
     Args:
         shapes: Channels in and out, and height and width in pixels, of each layer.
@@ -217,43 +268,47 @@ def benchmark_layers(
         batch: Number of samples N.
         dtype: Type of inputs and parameters.
         repeats: Visits to each contender.
+        deadline: See :func:`measure_interleaved`.
 
     Returns:
-        One record for each shape, pass and contender: ``channels``, ``size`` (pixels), ``pass``, ``contender``,
-        ``median_ms`` and ``quartiles_ms`` a call, ``ratio`` (the median over that of the plain convolution),
-        ``peak_memory`` (bytes beyond input and parameters), ``flops`` and ``bytes`` (what the convolution cannot do
-        without, its attention maps included but not the head that makes them), and ``times_ms``, one for each repeat.
+        One record for each shape, pass and contender that was reached: ``channels``, ``size`` (pixels), ``pass``,
+        ``contender``, ``median_ms`` and ``quartiles_ms`` a call, ``ratio`` (the median over that of the plain
+        convolution), ``peak_memory`` (bytes beyond input and parameters), ``flops`` and ``bytes`` (what the convolution
+        cannot do without, its attention maps included but not the head that makes them), ``replayed`` (whether from a
+        CUDA graph), and ``times_ms``, one for each repeat; the median is None for what ``deadline`` left out.
     """
     torch.manual_seed(0)
     keys: list[dict[str, Any]] = []
     cases: list[dict[str, Call]] = []
+    memory_format = getattr(torch, memory_format_of(device))
     for channels, size in shapes:
         for name in PASSES:
             input = torch.randn(batch, channels, size, size, device=device, dtype=dtype)
+            input = input.contiguous(memory_format=memory_format)
             keys.append({"channels": channels, "size": size, "pass": name})
-            cases.append(
-                {
-                    contender: _layer_call(layer.to(device, dtype), input, training=name != "forward")
-                    for contender, layer in _layer_contenders(channels, input).items()
-                }
-            )
+            calls = {}
+            for contender, layer in _layer_contenders(channels, input).items():
+                layer = layer.to(device, dtype).to(memory_format=memory_format)
+                calls[contender] = _layer_call(layer, input, training=name != "forward")
+            cases.append(calls)
     rows = []
-    for key, results in zip(keys, measure_interleaved(cases, repeats=repeats, device=device), strict=True):
-        baseline = results[_BASELINE].quartiles[1]
-        for contender, result in results.items():
-            first, median, third = result.quartiles
-            rows.append(
-                {
-                    **key,
-                    "contender": contender,
+    measured = measure_interleaved(cases, repeats=repeats, device=device, replay=True, deadline=deadline)
+    for key, case, results in zip(keys, cases, measured, strict=True):
+        for contender in case:
+            row: dict[str, Any] = {**key, "contender": contender, "median_ms": None}
+            rows.append(row)
+            if contender in results and _BASELINE in results:
+                result = results[contender]
+                first, median, third = result.quartiles
+                row |= {
                     "median_ms": 1e3 * median,
                     "quartiles_ms": [1e3 * first, 1e3 * third],
-                    "ratio": median / baseline,
+                    "ratio": median / results[_BASELINE].quartiles[1],
                     "peak_memory": result.peak_memory,
                     **_least_work(key["channels"], key["size"], key["pass"], contender, batch, dtype.itemsize),
+                    "replayed": result.replayed,
                     "times_ms": [1e3 * t for t in result.times],
                 }
-            )
     return rows
 
 
@@ -276,6 +331,9 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         layer = f"{row['channels']} ch, {row['size']}x{row['size']}"
         cells = lines.setdefault((layer, row["contender"]), [layer, row["contender"]])
+        if row["median_ms"] is None:
+            cells += ["not reached", "", "", ""]
+            continue
         low, high = row["quartiles_ms"]
         cells += [
             f"{row['median_ms']:.2f} ({low:.2f}-{high:.2f})",
@@ -299,22 +357,43 @@ def main(args: Sequence[str] | None = None) -> None:
     network.add_argument("--size", type=_positive, metavar="PIXELS", help="default: 64 on cpu, 224 on cuda")
     network.add_argument("--compile", action="store_true", help="measure the networks compiled too")
     loader = commands.add_parser("loader", help="pictures on their way to a network", description=_loader.__doc__)
-    loader.set_defaults(run=_loader, dtype=None)
+    loader.set_defaults(run=_loader)
     loader.add_argument("--batch", type=_positive, metavar="N", help="pictures (default: 64 on cpu, 256 on cuda)")
     loader.add_argument("--workers", type=_positive, metavar="W", help="processes (default: one a core, 16 at most)")
     loader.add_argument("--root", type=Path, metavar="FOLDER", help="holds train/CLASS/*.jpg (default: drawn pictures)")
+    check = commands.add_parser("check", help="errors of the fused kernels", description=_check.__doc__)
+    check.set_defaults(run=_check)
+    profile = commands.add_parser("profile", help="launches and kernels of a layer", description=_profile.__doc__)
+    profile.set_defaults(run=_profile)
+    for command in (check, profile):
+        command.add_argument(
+            "--batch", type=_positive, metavar="N", help="samples (default: 2 on cpu, 16 or 256 on cuda)"
+        )
     draw = commands.add_parser("draw", help="a picture of a record of layers", description=_draw.__doc__)
     draw.set_defaults(run=_draw)
     draw.add_argument("record", type=Path, help="what layers --json FILE wrote")
     draw.add_argument("--out", type=Path, required=True, metavar="PNG", help="the picture; never over a file")
-    for command in (layers, network):
+    everything = commands.add_parser("all", help="everything, within a number of minutes", description=_all.__doc__)
+    everything.set_defaults(run=_all)
+    everything.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the records; a new folder")
+    everything.add_argument(
+        "--minutes", type=_minutes, default=8.5, metavar="M", help="for everything together (default: 8.5)"
+    )
+    for command in (layers, network, profile, everything):
         command.add_argument("--dtype", choices=list(_DTYPES), default="float32", help="default: float32")
-    for command in (layers, network, loader):
+    for command in (layers, network, loader, check, profile, everything):
         command.add_argument("--device", choices=sorted(_BATCHES), default="cpu", help="default: cpu")
+    for command in (layers, network, loader):
         command.add_argument("--repeats", type=_positive, metavar="R", help=f"visits each (default: {_REPEATS})")
-        command.add_argument("--json", type=Path, metavar="FILE", help="write the records there too; never over a file")
         command.add_argument("--quick", action="store_true", help=f"{_QUICK_REPEATS} repeats: rough figures, soon")
+    for command in (layers, network, loader, check, profile):
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the records there too; never over a file")
+        command.add_argument(
+            "--minutes", type=_minutes, metavar="M", help="make fewer repeats, and leave contenders out, to end in time"
+        )
     options = parser.parse_args(args)
+    minutes = getattr(options, "minutes", None)
+    options.deadline = math.inf if minutes is None else perf_counter() + 60 * minutes
     try:
         options.run(options)
     except InputError as error:
@@ -323,17 +402,25 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _layers(options: argparse.Namespace) -> None:
     """Compare Conv2d, AWConv2d with each backend, and timm's CondConv2d on the 3x3 convolutions of ResNet-50."""
-    device, batch, repeats, record = _begin(options, _BATCHES)
+    device, batch, repeats, record = _begin(options, _BATCHES, memory_format=memory_format_of(options.device))
     dtype = _DTYPES[options.dtype]
     with _blaming_the_batch(batch, device):
-        rows = benchmark_layers(RESNET50_SHAPES, device=device, batch=batch, dtype=dtype, repeats=repeats)
+        rows = benchmark_layers(
+            RESNET50_SHAPES, device=device, batch=batch, dtype=dtype, repeats=repeats, deadline=options.deadline
+        )
     ceilings = measure_ceilings(device, dtype)
     record["ceilings"] = {"flops_per_second": ceilings.flops, "bytes_per_second": ceilings.bandwidth}
     for row in rows:
-        row["floor_ms"] = floor_ms(row, ceilings)
+        if row["median_ms"] is not None:
+            row["floor_ms"] = floor_ms(row, ceilings)
     print(layers_table(rows))
+    replayed = {row["replayed"] for row in rows if row["median_ms"] is not None}
+    how = {
+        frozenset([True]): ", replayed from CUDA graphs",
+        frozenset([True, False]): ", some replayed from CUDA graphs",
+    }
     print(
-        f"\nTime a call: median (quartiles) of {repeats} interleaved repeats. ratio: to {_BASELINE}. "
+        f"\nTime a call: {_repeated(rows)}{how.get(frozenset(replayed), '')}. ratio: to {_BASELINE}. "
         "MiB: peak memory of a call, beyond input and parameters.\n"
         "floor, ms: what the convolution alone, with its maps given, would take at the rates of a large matrix product "
         f"and a large copy, here {ceilings.flops / 1e9:.0f} GFLOP/s and {ceilings.bandwidth / 1e9:.1f} GB/s."
@@ -348,7 +435,13 @@ def _network(options: argparse.Namespace) -> None:
     size = options.size or {"cpu": 64, "cuda": 224}[options.device]
     if options.batch == 1:
         raise InputError("--batch 1: BatchNorm trains on two pictures at least; give more")
-    device, batch, repeats, record = _begin(options, {"cpu": 4, "cuda": 128}, size=size, compile=options.compile)
+    device, batch, repeats, record = _begin(
+        options,
+        {"cpu": 4, "cuda": 128},
+        size=size,
+        compile=options.compile,
+        memory_format=memory_format_of(options.device),
+    )
     with _blaming_the_batch(batch, device):
         rows = benchmark_networks(
             device=device,
@@ -357,12 +450,18 @@ def _network(options: argparse.Namespace) -> None:
             dtype=_DTYPES[options.dtype],
             repeats=repeats,
             compiled=options.compile,
+            deadline=options.deadline,
         )
+    if options.compile:
+        # of which a compiled network should have none
+        record["graph_breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
     print(networks_table(rows, batch))
     print(
-        f"\nTime a batch of {batch} pictures of {size}x{size}: median (quartiles) of {repeats} interleaved repeats. "
+        f"\nTime a batch of {batch} pictures of {size}x{size}: {_repeated(rows)}. "
         "ratio: to resnet50 in the same mode. MiB: peak memory of a batch, beyond pictures and parameters."
     )
+    if options.compile:
+        print(f"Graph breaks while compiling: {record['graph_breaks']}.")
     _end(options, {"benchmark": "network", **record, "rows": rows})
 
 
@@ -373,13 +472,114 @@ def _loader(options: argparse.Namespace) -> None:
     workers = options.workers or min(os.cpu_count() or 1, 16)
     root = None if options.root is None else str(options.root)
     device, batch, repeats, record = _begin(options, {"cpu": 64, "cuda": 256}, workers=workers, root=root)
-    rows = benchmark_loaders(options.root, device=device, batch=batch, workers=workers, repeats=repeats)
+    rows = benchmark_loaders(
+        options.root, device=device, batch=batch, workers=workers, repeats=repeats, deadline=options.deadline
+    )
     print(loaders_table(rows))
+    made = sorted({len(row["times_ms"]) for row in rows})
     print(
-        f"\nPictures a second in batches on the device, {workers} worker processes: median (quartiles) of {repeats} "
-        "interleaved passes. ratio: to torchvision's."
+        f"\nPictures a second in batches on the device, {workers} worker processes: median (quartiles) of "
+        f"{', '.join(map(str, made))} interleaved passes. ratio: to torchvision's."
     )
     _end(options, {"benchmark": "loader", **record, "rows": rows})
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Compare the fused kernels with float64 on the convolutions of ResNet-50; exit code 1 where an error is large."""
+    from awconv.analysis.layer_checks import check_numerics, errors_table
+
+    device, batch, _, record = _begin(options, {"cpu": 2, "cuda": 16}, memory_format=memory_format_of(options.device))
+    with _blaming_the_batch(batch, device):
+        rows = check_numerics(RESNET50_SHAPES, device=device, batch=batch, deadline=options.deadline)
+    print(errors_table(rows))
+    print(
+        "\nRelative errors in the norm, of the same numbers in float64 through backend gemm; bound: what is taken for "
+        "rounding."
+    )
+    _end(options, {"benchmark": "check", **record, "rows": rows})
+    if not all(row["ok"] for row in rows):
+        raise SystemExit(1)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    """Count what AWConv2d launches on the convolutions of ResNet-50, and list its kernels (on a CPU: its operators)."""
+    from awconv.analysis.layer_checks import launches_table, profile_layers, slowest_table
+
+    device, batch, _, record = _begin(options, {"cpu": 2, "cuda": 256}, memory_format=memory_format_of(options.device))
+    with _blaming_the_batch(batch, device):
+        rows = profile_layers(
+            RESNET50_SHAPES, device=device, batch=batch, dtype=_DTYPES[options.dtype], deadline=options.deadline
+        )
+    what = (
+        "kernels, copies and fills on the GPU" if device == "cuda" else "operators of torch that compute by themselves"
+    )
+    print(f"{launches_table(rows)}\n\nLaunches: {what}. convolution: aw_conv2d with its maps given.\n")
+    print(slowest_table(rows))
+    _end(options, {"benchmark": "profile", **record, "rows": rows})
+
+
+# What `all` runs, in this order: the name of the record; its part of the time, of what is left when its turn comes; the
+# command; packages without which it is left out; and whether tiles are tuned. The last one gets what others left over:
+# how long a compiler takes is least known.
+_PARTS: tuple[tuple[str, int, list[str], tuple[str, ...], bool], ...] = (
+    ("check", 7, ["check"], (), False),
+    ("layers", 16, ["layers", "--dtype"], ("timm",), False),
+    ("network", 12, ["network", "--dtype"], ("timm",), False),
+    ("profile", 5, ["profile", "--dtype"], (), False),
+    ("layers_tuned", 20, ["layers", "--dtype"], ("timm",), True),
+    ("check_tuned", 6, ["check"], (), True),
+    ("loader", 10, ["loader", "--batch", "128", "--quick"], ("lightning", "torchvision"), False),
+    ("network_compiled", 34, ["network", "--compile", "--dtype"], ("timm",), False),
+)
+
+
+def _all(options: argparse.Namespace) -> None:
+    """Run all benchmarks within a number of minutes, each in a process of its own that writes its record when it ends.
+
+    Each has a part of the time: it is told to be done a little earlier, by fewer repeats and fewer contenders, and is
+    ended when the part is used up. What has been written stays, whatever happens to those that follow.
+    """
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    folder: Path = options.out
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be made ({error.strerror}); name a new folder") from None
+    parts = _PARTS if options.device == "cuda" else [part for part in _PARTS if not part[-1]]
+    summary: list[dict[str, Any]] = []
+    for place, (name, weight, command, packages, tuned) in enumerate(parts):
+        left = options.deadline - perf_counter()
+        seconds = left * weight / sum(w for _, w, *_ in parts[place:])
+        command = [*command, options.dtype] if command[-1] == "--dtype" else command
+        # its last table, a record, and the start of Python come on top of what it measures
+        minutes = max(0.85 * seconds - 6, 0.5 * seconds) / 60
+        given = ["--device", options.device, "--minutes", f"{minutes:.3f}", "--json", str(folder / f"{name}.json")]
+        missing = [package for package in packages if find_spec(package) is None]
+        environment = {"AWCONV_AUTOTUNE": "1"} if tuned else {}
+        print(f"=== {name}: {' '.join([*(f'{k}={v}' for k, v in environment.items()), *command, *given])}", flush=True)
+        start = perf_counter()
+        outcome = f"left out: {missing[0]} is not installed" if missing else None
+        outcome = outcome or _run_part([*command, *given], environment, seconds)
+        summary.append({"part": name, "outcome": outcome, "seconds": perf_counter() - start, "limit": seconds})
+        print(f"=== {name}: {outcome} ({summary[-1]['seconds']:.0f} of {seconds:.0f} s)\n", flush=True)
+        (folder / "all.json").write_text(json.dumps({"benchmark": "all", "parts": summary}, indent=1) + "\n")
+    if any(part["outcome"] != "done" for part in summary):
+        raise SystemExit(1)
+
+
+def _run_part(command: list[str], environment: Mapping[str, str], seconds: float) -> str:
+    """Runs one of this module's commands in a process of its own; says how it ended."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "awconv.analysis.benchmark", *command],
+            env={**os.environ, **environment},
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return "ended at its limit"
+    return "done" if done.returncode == 0 else f"failed with exit code {done.returncode}"
 
 
 def _draw(options: argparse.Namespace) -> None:
@@ -406,17 +606,32 @@ def _begin(
     """Checks what all benchmarks are given, and says what is measured: device, batch, repeats and the record's head."""
     device: str = options.device
     batch: int = options.batch or batches[device]
-    repeats: int = options.repeats or (_QUICK_REPEATS if options.quick else _REPEATS)
+    repeats: int = 0
+    if "repeats" in options:
+        repeats = options.repeats or (_QUICK_REPEATS if options.quick else _REPEATS)
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     if options.json is not None:
         _check_new_file("--json", options.json)
     record = _circumstances(device)
-    dtype = {} if options.dtype is None else {"dtype": options.dtype}
-    record["arguments"] = {"device": device, "batch": batch, **dtype, "repeats": repeats, **arguments}
+    dtype = {} if getattr(options, "dtype", None) is None else {"dtype": options.dtype}
+    limit = {} if options.minutes is None else {"minutes": options.minutes}
+    given = {"device": device, "batch": batch, **dtype, **({"repeats": repeats} if repeats else {}), **limit}
+    record["arguments"] = {**given, **arguments}
     measured = ", ".join([*dtype.values(), f"batch {batch}"])
     print(f"{record['machine']}, torch {record['versions']['torch']}, {measured}, {record['date']}\n", flush=True)
     return device, batch, repeats, record
+
+
+def _repeated(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Says how many repeats there were; with a time limit they are fewer than were asked for."""
+    made = sorted({len(row["times_ms"]) for row in rows if row["median_ms"] is not None})
+    return f"median (quartiles) of {', '.join(map(str, made)) or 'no'} interleaved repeats"
+
+
+def memory_format_of(device: str) -> str:
+    """Names the memory format that is the faster one to train in on a device."""
+    return "channels_last" if device == "cuda" else "contiguous_format"
 
 
 def _end(options: argparse.Namespace, record: Mapping[str, Any]) -> None:
@@ -478,6 +693,30 @@ def _layer_call(layer: nn.Module, input: Tensor, *, training: bool) -> Call:
     return train
 
 
+def _by_importance(cases: Sequence[Mapping[str, Call]]) -> list[tuple[int, str]]:
+    """All contenders: the first ones of every case, then the second ones; within them the last case comes first."""
+    places = max((len(case) for case in cases), default=0)
+    return [
+        (index, list(cases[index])[place])
+        for place in range(places)
+        for index in reversed(range(len(cases)))
+        if place < len(cases[index])
+    ]
+
+
+def _captured(call: Call, pool: Any) -> Call | None:
+    """Captures ``call`` in a CUDA graph, if it can be; all graphs take turns with the memory of ``pool``."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            call()
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return None
+    return graph.replay
+
+
 def _time(call: Call, calls: int, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -525,7 +764,7 @@ def _circumstances(device: str) -> dict[str, Any]:
         threads = torch.get_num_threads()
         machine = f"{_cpu_model()}, {threads} thread{'s' if threads > 1 else ''}"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "timm", "awconv"):
+    for package in ("torchvision", "timm", "awconv", *(["triton"] if device == "cuda" else [])):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:  # run from a source tree that was not installed
@@ -555,6 +794,16 @@ def _write_new_file(argument: str, path: Path, content: bytes) -> None:
             file.write(content)
     except OSError as error:
         raise InputError(f"{argument} {path}: cannot be written ({error.strerror}); name a new file") from None
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -4,6 +4,7 @@ Run it as ``python -m awconv.analysis.benchmark loader``.
 """
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ _CIFAR_PICTURES = 20000
 
 
 def benchmark_loaders(
-    root: Path | None, *, device: str, batch: int, workers: int, repeats: int
+    root: Path | None, *, device: str, batch: int, workers: int, repeats: int, deadline: float = math.inf
 ) -> list[dict[str, Any]]:
     """Compares training pipelines, on pictures in class folders and on CIFAR-10.
 
@@ -50,6 +51,7 @@ def benchmark_loaders(
         batch: Pictures a batch.
         workers: Worker processes of each pipeline; 0 loads in the process itself.
         repeats: Timed passes of each pipeline.
+        deadline: See :func:`awconv.analysis.benchmark.measure_interleaved`; what it leaves out has no record.
 
     Returns:
         One record for each pipeline: ``data``, ``pipeline``, ``pictures`` (in a pass), ``pictures_per_second`` (the
@@ -66,10 +68,12 @@ def benchmark_loaders(
         }
         calls = [{name: _pass(loader, device) for name, loader in loaders.items()} for loaders in cases.values()]
         delivered = [{name: call() for name, call in case.items()} for case in calls]
-        results = measure_interleaved(calls, repeats=repeats, device=device, meter_memory=False)
+        results = measure_interleaved(calls, repeats=repeats, device=device, meter_memory=False, deadline=deadline)
     for data, counts, result in zip(cases, delivered, results, strict=True):
         per_second = {name: counts[name] / measured.quartiles[1] for name, measured in result.items()}
         for name, measured in result.items():
+            if next(iter(counts)) not in result:
+                break  # nothing to compare with
             first, _, third = measured.quartiles
             rows.append(
                 {

@@ -3,15 +3,17 @@
 Run it as ``python -m awconv.analysis.benchmark network``.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awconv.analysis.benchmark import MIB, PASSES, Call, measure_interleaved
+from awconv.analysis.benchmark import MIB, PASSES, Call, measure_interleaved, memory_format_of
 from awconv.analysis.command import aligned_table
 
 # what create_backbone is given; the first one is what the others are compared with
@@ -25,7 +27,14 @@ _CLASSES = 1000
 
 
 def benchmark_networks(
-    *, device: str, batch: int, size: int, dtype: torch.dtype, repeats: int, compiled: bool = False
+    *,
+    device: str,
+    batch: int,
+    size: int,
+    dtype: torch.dtype,
+    repeats: int,
+    compiled: bool = False,
+    deadline: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Compares whole networks: inference, and a step of training with SGD.
 
@@ -41,16 +50,18 @@ def benchmark_networks(
         dtype: Type that is computed in; parameters are float32.
         repeats: Visits to each network.
         compiled: Measure every network compiled by ``torch.compile`` too; it is compiled before it is timed.
+        deadline: See :func:`awconv.analysis.benchmark.measure_interleaved`.
 
     Returns:
         One record for each network, mode and pass: ``network``, ``mode`` (``eager`` or ``compiled``), ``pass``,
         ``parameters``, ``median_ms`` and ``quartiles_ms`` of a batch, ``ratio`` (the median over that of resnet50 in
-        the same mode), ``peak_memory`` (bytes beyond pictures and parameters), ``memory_ratio``, and ``times_ms``.
+        the same mode), ``peak_memory`` (bytes beyond pictures and parameters), ``memory_ratio``, and ``times_ms``; the
+        median is None for what ``deadline`` left out.
     """
     from awconv.models import create_backbone
 
     torch.manual_seed(0)
-    memory_format = torch.channels_last if device == "cuda" else torch.contiguous_format
+    memory_format = getattr(torch, memory_format_of(device))
     pictures = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=memory_format)
     labels = torch.randint(_CLASSES, (batch,), device=device)
     parameters: dict[str, int] = {}
@@ -67,16 +78,25 @@ def benchmark_networks(
                 calls[network_name] = _call(network, pictures, labels, dtype, training=name != "forward")
             keys.append({"mode": mode, "pass": name})
             cases.append(calls)
+    # every network is compiled from the code of one class, and what is beyond the limit would silently run eagerly
+    limit = torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext()
+    with limit:
+        measured = measure_interleaved(cases, repeats=repeats, device=device, deadline=deadline)
     rows = []
-    for key, results in zip(keys, measure_interleaved(cases, repeats=repeats, device=device), strict=True):
-        plain = results[next(iter(NETWORKS))]
-        for network_name, result in results.items():
-            first, median, third = result.quartiles
-            rows.append(
-                {
-                    "network": network_name,
-                    **key,
-                    "parameters": parameters[network_name],
+    for key, results in zip(keys, measured, strict=True):
+        plain = results.get(next(iter(NETWORKS)))
+        for network_name in NETWORKS:
+            row: dict[str, Any] = {
+                "network": network_name,
+                **key,
+                "parameters": parameters[network_name],
+                "median_ms": None,
+            }
+            rows.append(row)
+            if network_name in results and plain is not None:
+                result = results[network_name]
+                first, median, third = result.quartiles
+                row |= {
                     "median_ms": 1e3 * median,
                     "quartiles_ms": [1e3 * first, 1e3 * third],
                     "ratio": median / plain.quartiles[1],
@@ -84,7 +104,6 @@ def benchmark_networks(
                     "memory_ratio": result.peak_memory / plain.peak_memory,
                     "times_ms": [1e3 * t for t in result.times],
                 }
-            )
     return rows
 
 
@@ -101,8 +120,12 @@ def networks_table(rows: Sequence[Mapping[str, Any]], batch: int) -> str:
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         start = [row["network"], row["mode"], f"{row['parameters'] / 1e6:.2f}"]
+        cells = lines.setdefault((row["mode"], row["network"]), start)
+        if row["median_ms"] is None:
+            cells += ["not reached", "", "", "", ""]
+            continue
         low, high = row["quartiles_ms"]
-        lines.setdefault((row["mode"], row["network"]), start).extend(
+        cells.extend(
             [
                 f"{row['median_ms']:.1f} ({low:.1f}-{high:.1f})",
                 f"{1e3 * batch / row['median_ms']:.1f}",
