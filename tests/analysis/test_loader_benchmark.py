@@ -8,11 +8,13 @@ from PIL import Image
 
 from awconv.analysis import benchmark, loader_benchmark
 from awconv.analysis.loader_benchmark import benchmark_loaders
+from awconv.errors import InputError
 from miniature import make_class_folders
 
 PIPELINES = [
     ("JPEG to 224x224", "torchvision ImageFolder"),
     ("JPEG to 224x224", "ImageNetDataModule"),
+    ("JPEG to 224x224", "ImageNetDataModule decode_on_device"),
     ("CIFAR-10", "torchvision CIFAR10"),
     ("CIFAR-10", "CIFAR10DataModule"),
     ("CIFAR-10", "CIFAR10DataModule keep_on_device"),
@@ -58,14 +60,14 @@ def test_records_are_rates_of_what_was_delivered():
         assert row["pictures_per_second"] == pytest.approx(rates[1])
         low, high = row["quartiles_per_second"]
         assert rates[0] <= low <= row["pictures_per_second"] <= high <= rates[-1]
-    for first, others in ((rows[0], rows[:2]), (rows[2], rows[2:])):
+    for first, others in ((rows[0], rows[:3]), (rows[3], rows[3:])):
         for row in others:
             assert row["ratio"] == pytest.approx(row["pictures_per_second"] / first["pictures_per_second"])
-    assert len({row["pipeline"] for row in rows}) == 5
+    assert len({row["pipeline"] for row in rows}) == 6
 
 
 def test_drawn_pictures_are_about_as_large_as_those_of_imagenet():
-    with loader_benchmark._folder_of_pictures(None, 70) as folder:
+    with loader_benchmark._folder_of_pictures(None, 70, 1) as folder:
         paths = sorted(folder.rglob("*.jpg"))
         assert len(paths) == 70
         sizes = [path.stat().st_size for path in paths]
@@ -74,6 +76,26 @@ def test_drawn_pictures_are_about_as_large_as_those_of_imagenet():
         with Image.open(paths[0]) as picture:
             assert picture.size == (500, 375)
     assert not folder.exists()
+
+
+def test_pictures_of_a_folder_are_a_random_choice_with_their_classes(tmp_path):
+    root = make_class_folders(tmp_path / "pictures", train=9)
+    with loader_benchmark._folder_of_pictures(root, 10, 4) as folder:
+        found = sorted((folder / "train").rglob("*.*"))
+        stored = {path.read_bytes(): path.parent.name for path in (root / "train").rglob("*.*")}
+        assert len({path.read_bytes() for path in found}) == 10
+        assert all(stored[path.read_bytes()] == path.parent.name for path in found)
+        assert len({path.parent for path in found}) == 3
+    assert len(list((root / "train").rglob("*.*"))) == 27
+
+
+def test_a_device_that_decodes_nothing_has_no_record_of_it(monkeypatch):
+    def refuse(argument, device):
+        raise InputError("none here")
+
+    monkeypatch.setattr("awconv.data.imagenet.require_decoder", refuse)
+    rows = benchmark_loaders(None, device="cpu", batch=2, workers=1, repeats=1)
+    assert [row["pipeline"] for row in rows] == [name for _, name in PIPELINES if "decode" not in name]
 
 
 def test_the_command_prints_a_table_and_writes_the_records(tmp_path, capsys):
@@ -89,7 +111,7 @@ def test_the_command_prints_a_table_and_writes_the_records(tmp_path, capsys):
     assert record["arguments"] == {
         "device": "cpu", "batch": 4, "repeats": 1, "workers": 1, "root": str(root),
     }  # fmt: skip
-    assert [row["pictures"] for row in record["rows"]] == [12, 12, 32, 32, 32], "three classes of four pictures"
+    assert [row["pictures"] for row in record["rows"]] == [12, 12, 12, 32, 32, 32], "three classes of four pictures"
     lines = out.splitlines()
     assert "batch 4" in lines[0]
     assert len({len(line) for line in lines if line.startswith("|")}) == 1

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from awconv.analysis.benchmark import measure_interleaved
 from awconv.analysis.command import aligned_table
 from awconv.data import CIFAR10DataModule, ClassificationDataModule, ImageNetDataModule
-from awconv.data.base import BaseDataModule, Split, Transform
-from awconv.data.loading import MapDataset
+from awconv.data.base import BaseDataModule, Transform
 from awconv.errors import InputError
 
 # Every worker fills so many batches in a pass, so that its start and its end weigh little.
@@ -40,10 +39,10 @@ def benchmark_loaders(
 ) -> list[dict[str, Any]]:
     """Compares training pipelines, on pictures in class folders and on CIFAR-10.
 
-    Every pipeline crops at random, flips, normalises, batches, and brings the batches to the device. torchvision's
-    are those of its reference trainings: pictures decoded and transformed by PIL, a worker process each, pinned memory
-    on CUDA. A pass delivers 4 batches for each worker, at least 8, from class folders, and 20000 pictures of CIFAR-10's
-    size.
+    Every pipeline crops at random, flips, normalises, batches, and brings the batches to the device. torchvision's are
+    those of its reference trainings: pictures decoded and transformed by PIL, a worker process each, pinned memory on
+    CUDA. What is decoded on the device is, with ``"cpu"``, decoded by the process itself. A pass delivers 4 batches for
+    each worker, at least 8, from class folders, and 20000 pictures of CIFAR-10's size.
 
     Args:
         root: Folder that holds ``train/CLASS/*.jpg``; None draws JPEG pictures of 500x375 pixels and some 100 kB.
@@ -60,10 +59,10 @@ def benchmark_loaders(
     """
     pictures = batch * _BATCHES_A_WORKER * max(workers, 2)
     rows = []
-    with _trainer(device) as trainer, _folder_of_pictures(root, pictures) as folder:
+    with _trainer(device) as trainer, _folder_of_pictures(root, pictures, batch) as folder:
         options = {"batch_size": batch, "num_workers": workers}
         cases = {
-            f"JPEG to {_SIZE}x{_SIZE}": _class_folders(folder, pictures, trainer, options),
+            f"JPEG to {_SIZE}x{_SIZE}": _class_folders(folder, trainer, options),
             "CIFAR-10": _cifar10(trainer, options),
         }
         calls = [{name: _pass(loader, device) for name, loader in loaders.items()} for loaders in cases.values()]
@@ -99,22 +98,20 @@ def loaders_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return aligned_table(["data", "pipeline", "pictures/s", "ratio"], body, left=2)
 
 
-def _class_folders(folder: Path, pictures: int, trainer: Trainer, options: Mapping[str, Any]) -> dict[str, Any]:
-    class SomePictures(ImageNetDataModule):
-        def load(self, split: Split, transform: Transform) -> MapDataset:
-            return some(super().load(split, transform))
-
-    def some(dataset: Any) -> MapDataset:
-        if len(dataset) < options["batch_size"]:
-            raise InputError(f"--root {folder}: holds {len(dataset)} pictures to train on, less than a batch")
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-        return Subset(dataset, order[:pictures].tolist())
-
-    ours = SomePictures(str(folder), image_size=_SIZE, **options)
-    loader = _training_loader(ours, trainer)  # first, for its messages where the folder is none
+def _class_folders(folder: Path, trainer: Trainer, options: Mapping[str, Any]) -> dict[str, Any]:
+    ours, decoding = (
+        ImageNetDataModule(str(folder), image_size=_SIZE, decode_on_device=on_device, **options)
+        for on_device in (False, True)
+    )
     pil = _by_pil(transforms.RandomResizedCrop(_SIZE), ours)
-    theirs = some(datasets.ImageFolder(str(folder / "train"), pil))
-    return {"torchvision ImageFolder": _plain_loader(theirs, trainer, options), "ImageNetDataModule": loader}
+    theirs = datasets.ImageFolder(str(folder / "train"), pil)
+    loaders = {
+        "torchvision ImageFolder": _plain_loader(theirs, trainer, options),
+        "ImageNetDataModule": _training_loader(ours, trainer),
+    }
+    with suppress(InputError):  # of a device on which torchvision decodes nothing
+        loaders["ImageNetDataModule decode_on_device"] = _training_loader(decoding, trainer)
+    return loaders
 
 
 def _cifar10(trainer: Trainer, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,11 +193,13 @@ def _trainer(device: str) -> Iterator[Trainer]:
 
 
 @contextmanager
-def _folder_of_pictures(root: Path | None, pictures: int) -> Iterator[Path]:
-    if root is not None:
-        yield root
-        return
+def _folder_of_pictures(root: Path | None, pictures: int, batch: int) -> Iterator[Path]:
+    """Class folders of so many pictures: of `root`, or of fewer if it has no more, or drawn ones."""
     with tempfile.TemporaryDirectory(prefix="awconv-pictures-") as name:
+        if root is not None:
+            _link_pictures(root, Path(name), pictures, batch)
+            yield Path(name)
+            return
         folder = Path(name, "train", "pictures")
         folder.mkdir(parents=True)
         generator = np.random.default_rng(0)
@@ -211,6 +210,18 @@ def _folder_of_pictures(root: Path | None, pictures: int) -> Iterator[Path]:
             else:  # another name of the same file: what is measured is not how the disk reads
                 os.link(folder / f"{index % _DRAWN:06}.jpg", path)
         yield Path(name)
+
+
+def _link_pictures(root: Path, folder: Path, pictures: int, batch: int) -> None:
+    dataset: Any = ImageNetDataModule(str(root)).load("train", torch.nn.Identity())
+    if len(dataset) < batch:
+        raise InputError(f"--root {root}: holds {len(dataset)} pictures to train on, less than a batch")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    for number, index in enumerate(order[:pictures].tolist()):
+        path = Path(dataset.path(index))
+        link = folder / "train" / path.relative_to(root / "train").parts[0] / f"{number:06}{path.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path.absolute())
 
 
 def _draw_picture(generator: np.random.Generator) -> Image.Image:

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningDataModule
 
+from awconv.data.encoded import DecodingLoader, EncodedPictures
 from awconv.data.loading import (
     EvaluationSampler,
     EvaluationSet,
@@ -156,13 +157,15 @@ class BaseDataModule(LightningDataModule):
     def _loader(self, samples: Any, persistent: bool = False, **options: Any) -> Loader:
         if isinstance(samples, ResidentBatches):  # no worker has a part in it
             return Loader(samples, batch_size=self.batch_size, collate_fn=as_it_is, **options)  # type: ignore[arg-type]
-        return Loader(
+        encoded = isinstance(samples, EncodedPictures)
+        return (DecodingLoader if encoded else Loader)(
             samples,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=persistent and self.num_workers > 0,
-            collate_fn=self.collate,
-            pin_memory=self.device.type == "cuda",
+            collate_fn=samples.pack if encoded else self.collate,
+            # the decoder reads ordinary memory, and pinning would only copy the bytes once more
+            pin_memory=self.device.type == "cuda" and not encoded,
             worker_init_fn=_begin_worker,
             **options,
         )

@@ -70,14 +70,9 @@ class CIFAR10DataModule(ClassificationDataModule):
             keep_on_device,
             f"false, since {one_by_one} works picture by picture; or augment none or basic, without random_erasing",
         )
-        names = ("load", "collate", "train_geometry", "train_transform", "eval_transform")
-        changed = [n for n in names if getattr(type(self), n) is not getattr(CIFAR10DataModule, n)]
-        require(
-            not (keep_on_device and changed),
-            "keep_on_device",
-            keep_on_device,
-            f"false, since {type(self).__name__} has a {' and a '.join(changed)} of its own, for samples",
-        )
+        if keep_on_device:
+            names = ("load", "collate", "train_geometry", "train_transform", "eval_transform")
+            self._refuse_changes("keep_on_device", CIFAR10DataModule, names)
         self.root = root
         self.val_size = val_size
         self.download = download

@@ -114,6 +114,12 @@ class ClassificationDataModule(BaseDataModule):
         require(ok, argument, values, f"a list with {each} for each of the {self.in_channels} channels")
         return tuple(values)
 
+    def _refuse_changes(self, option: str, base: type, names: Sequence[str]) -> None:
+        """Refuses an option that is on, for a class with methods of its own that it would pass over."""
+        changed = [name for name in names if getattr(type(self), name) is not getattr(base, name)]
+        own = f"false, since {type(self).__name__} has a {' and a '.join(changed)} of its own, for samples"
+        require(not changed, option, True, own)
+
     # ---- what a data set of one's own supplies
 
     def load(self, split: Split, transform: Transform) -> MapDataset:

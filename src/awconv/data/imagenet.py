@@ -9,8 +9,10 @@ from torchvision.transforms import v2
 
 from awconv.data.base import Split, Transform
 from awconv.data.classification import ClassificationDataModule
+from awconv.data.encoded import EncodedPictures, require_decoder
 from awconv.data.loading import MapDataset
 from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
+from awconv.data.transforms import RandomMirror, Resize
 from awconv.errors import InputError, require, require_int
 
 
@@ -36,6 +38,13 @@ class ImageNetDataModule(ClassificationDataModule):
         class_names: Names of the classes in the order of their indices; None reads them from ``root/train``.
         on_bad_image: What training does at a file that cannot be decoded: "stop" with an error that names it,
             or "skip" it for the next one, with a warning. Evaluation and prediction always stop.
+        decode_on_device: Let workers only read the files of training pictures, and decode and augment them on the
+            training device: on an NVIDIA GPU with nvJPEG, a batch in one call. The augmentation, its random numbers
+            and the hooks are the same, on pictures that are on the device; for classes that leave `load` and
+            `collate` as they are here. A GPU's decoder and resizing round otherwise than a CPU's, so validation, test
+            and prediction stay with the workers, and accuracies comparable. Reading runs ahead of training in the
+            workers; decoding is done by the process that trains when it asks for a batch, which overlaps with the
+            steps that the GPU has been given and still computes, and not with steps that the process waits for.
         batch_size: Samples per batch and process.
         num_workers: Worker processes that load data, per process.
         common: Arguments of :class:`ClassificationDataModule`.
@@ -54,6 +63,7 @@ class ImageNetDataModule(ClassificationDataModule):
         eval_resize_size: int | None = None,
         class_names: list[str] | None = None,
         on_bad_image: Literal["stop", "skip"] = "stop",
+        decode_on_device: bool = False,
         batch_size: int = 256,
         num_workers: int = 8,
         **common: Any,
@@ -65,6 +75,8 @@ class ImageNetDataModule(ClassificationDataModule):
         enough = f"a whole number, at least the {crop} pixels of the crop that is cut from it"
         require_int("eval_resize_size", shorter_side, enough, low=crop)
         require(on_bad_image in ("stop", "skip"), "on_bad_image", on_bad_image, "stop or skip")
+        if decode_on_device:
+            self._refuse_changes("decode_on_device", ImageNetDataModule, ("load", "collate"))
         if class_names is not None:
             repeated = [name for name, count in Counter(class_names).items() if count > 1]
             require(not repeated, "class_names", repeated, "each name once")
@@ -73,6 +85,7 @@ class ImageNetDataModule(ClassificationDataModule):
         self._crop = crop
         self._shorter_side = shorter_side
         self._on_bad_image = on_bad_image
+        self.decode_on_device = decode_on_device
         self._names = class_names
         self._folders: dict[str, list[str]] = {}
 
@@ -105,17 +118,25 @@ class ImageNetDataModule(ClassificationDataModule):
         skip = split == "train" and self._on_bad_image == "skip"
         return PictureDataset(paths, targets, transform, skip_bad=skip)
 
+    def _samples(self, dataset: MapDataset, seed: int | None) -> Any:
+        """Training samples as the bytes of files where `decode_on_device` says so."""
+        if seed is None or not self.decode_on_device:
+            return super()._samples(dataset, seed)
+        require_decoder("decode_on_device", self.device)
+        assert isinstance(dataset, PictureDataset)
+        return EncodedPictures(dataset, seed, self.device)
+
     def train_geometry(self) -> list[Transform]:
         """A random resized crop (8% to 100% of the area) and a flip."""
-        return [v2.RandomResizedCrop(self.image_size), v2.RandomHorizontalFlip()]
+        return [v2.RandomResizedCrop(self.image_size), RandomMirror()]
 
     def eval_geometry(self) -> list[Transform]:
         """The shorter side to `eval_resize_size`, then the centre."""
-        return [v2.Resize(self._shorter_side), v2.CenterCrop(self._crop)]
+        return [Resize(self._shorter_side), v2.CenterCrop(self._crop)]
 
     def plain_geometry(self) -> list[Transform]:
         """The evaluation crop, at the training size."""
-        return [v2.Resize(round(self.image_size * 256 / 224)), v2.CenterCrop(self.image_size)]
+        return [Resize(round(self.image_size * 256 / 224)), v2.CenterCrop(self.image_size)]
 
     def _class_folders(self, split: str) -> list[str]:
         if split not in self._folders:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
@@ -84,21 +85,52 @@ def read_picture(path: str | Path, upright: bool = False) -> Tensor:
         InputError: The file is missing, truncated, not a picture, or one of 32 bits per sample.
     """
     with _naming(path):
+        return _decoded(np.fromfile(path, dtype=np.uint8), path, upright)
+
+
+def read_encoded(path: str | Path) -> Tensor:
+    """The bytes of a picture file that any JPEG decoder can be given, and else the picture.
+
+    That is a complete one, grey or of the usual colours (YCbCr): what is to be made of the others, decoders disagree.
+
+    Returns:
+        uint8 tensor, (length,) of a file and (3, H, W) of a picture; see :func:`read_picture`.
+
+    Raises:
+        InputError: As from :func:`read_picture`, of files that have to be decoded here.
+    """
+    with _naming(path):
         encoded = np.fromfile(path, dtype=np.uint8)
-        # torchvision decodes JPEG fastest. Its other decoders are left alone: a single wrong byte in a PNG
-        # can crash the process.
-        if encoded[:3].tobytes() == b"\xff\xd8\xff":
-            try:
-                decoded: Tensor = decode_jpeg(
-                    torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=upright
-                )
-                return decoded
-            except RuntimeError:
-                pass
+        return torch.from_numpy(encoded) if _is_common_jpeg(encoded) else _decoded(encoded, path, upright=False)
+
+
+_JPEG = b"\xff\xd8\xff"
+
+
+def _is_common_jpeg(encoded: npt.NDArray[np.uint8]) -> bool:
+    if encoded[:3].tobytes() != _JPEG or encoded[-2:].tobytes() != b"\xff\xd9":
+        return False
+    try:  # reads the head alone
         with PIL.Image.open(io.BytesIO(encoded.tobytes())) as picture:
-            turned = PIL.ImageOps.exif_transpose(picture) if upright else picture
-            image: Tensor = F.pil_to_tensor(eight_bits(turned, "RGB", path))
-            return image
+            # where Adobe's marker says 0, the samples are RGB
+            return picture.mode in ("L", "RGB") and picture.info.get("adobe_transform") != 0
+    except Exception:  # as many kinds as there are in _naming
+        return False
+
+
+def _decoded(encoded: npt.NDArray[np.uint8], path: str | Path, upright: bool) -> Tensor:
+    # torchvision decodes JPEG fastest. Its other decoders are left alone: a single wrong byte in a PNG
+    # can crash the process.
+    if encoded[:3].tobytes() == _JPEG:
+        try:
+            decoded: Tensor = decode_jpeg(torch.from_numpy(encoded), ImageReadMode.RGB, apply_exif_orientation=upright)
+            return decoded
+        except RuntimeError:
+            pass
+    with PIL.Image.open(io.BytesIO(encoded.tobytes())) as picture:
+        turned = PIL.ImageOps.exif_transpose(picture) if upright else picture
+        image: Tensor = F.pil_to_tensor(eight_bits(turned, "RGB", path))
+        return image
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -171,7 +203,7 @@ class PictureDataset(Dataset[tuple[Any, Any]]):
         # every forked worker copy it page by page.
         self._paths = np.array([os.fsencode(path) for path in paths])
         self._targets = None if targets is None else torch.tensor(targets, dtype=torch.int64)
-        self._transform = transform
+        self.transform = transform
         self._skip_bad = skip_bad
 
     def __len__(self) -> int:
@@ -182,18 +214,30 @@ class PictureDataset(Dataset[tuple[Any, Any]]):
         return os.fsdecode(self._paths[index])
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        index, image = self._next_readable(index) if self._skip_bad else (index, self._read(index))
-        label = self.path(index) if self._targets is None else int(self._targets[index])
-        return self._transform(image), label
+        used, image = self.read(index)
+        return self.transform(image), self.label(used)
 
-    def _read(self, index: int) -> Tensor:
-        return read_picture(self.path(index), upright=self._targets is None)
+    def label(self, index: int) -> Any:
+        """Class index of the file at `index`, or its path where there are no targets."""
+        return self.path(index) if self._targets is None else int(self._targets[index])
 
-    def _next_readable(self, start: int) -> tuple[int, Tensor]:
+    def read(self, index: int, encoded: bool = False) -> tuple[int, Tensor]:
+        """Picture at `index`, or with `skip_bad` the next one that can be read, and the index of the one it is.
+
+        Args:
+            index: Which one.
+            encoded: Give a file's bytes where :func:`read_encoded` does.
+        """
+        if not self._skip_bad:
+            return index, self._read(index, encoded)
         for step in range(len(self)):
-            index = (start + step) % len(self)
+            candidate = (index + step) % len(self)
             try:
-                return index, self._read(index)
+                return candidate, self._read(candidate, encoded)
             except InputError as error:
                 warnings.warn(f"skipped {error}", stacklevel=2)
-        raise InputError(f"{self.path(start)}: neither this picture nor any other of the data set can be read")
+        raise InputError(f"{self.path(index)}: neither this picture nor any other of the data set can be read")
+
+    def _read(self, index: int, encoded: bool) -> Tensor:
+        path = self.path(index)
+        return read_encoded(path) if encoded else read_picture(path, upright=self._targets is None)
