@@ -37,6 +37,8 @@ CASES = {
     "depthwise": (2, 3, 6, (3, 3), 3, 1, (4, 4), 1, 1, 1, False),
     "several ragged tiles": (1, 80, 72, (3, 1), 1, 16, (9, 9), 1, 1, 1, True),
     "stride beyond the picture": (2, 16, 16, (2, 2), 1, 16, (2, 3), (3, 4), 1, 1, True),
+    "a few samples a program": (6, 32, 24, (3, 3), 1, 16, (5, 4), 1, 1, 1, True),
+    "three samples, not whole maps": (3, 24, 16, (2, 2), 2, 6, (4, 3), (2, 1), 1, 1, False),
     "more samples than one sum takes": (9, 16, 16, (2, 2), 1, 8, (3, 3), 1, 0, 1, True),
 }
 
@@ -311,14 +313,19 @@ def test_tuned_tiles_give_the_same_numbers(monkeypatch):
 def test_all_tiles_of_the_table_compute_the_same():
     from awconv.layers import fused_triton
 
-    values = problem(1, 16, 16, (1, 1), 1, 16, (4, 4))
+    # one sample more than programs take
+    values = problem(5, 16, 16, (1, 1), 1, 16, (4, 4))
     expected, gradient, gradients = reference(values, (1, 0, 1, 1), True)
     for kernel, tuned in fused_triton._TUNED.items():
         assert tuned.base_fn.__name__ == kernel.fn.__name__
         for config in tuned.configs:
             with pytest.MonkeyPatch.context() as patch:
-                tiles = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, **config.all_kwargs()}
-                patch.setattr(fused_triton, "_default_tiles", lambda *_, tiles=tiles: tiles)
+                defaults = fused_triton._default_tiles
+
+                def tiles(other, *given, kernel=kernel, config=config, defaults=defaults):
+                    return config.all_kwargs() if other is kernel else defaults(other, *given)
+
+                patch.setattr(fused_triton, "_default_tiles", tiles)
                 output, got = fused_results(values, gradient, (1, 0, 1, 1), True)
                 assert_near([output, *got], [expected, *gradients], ERRORS[torch.float32])
 

@@ -14,6 +14,22 @@ serves ``share`` consecutive input channels. All three kernels are implicit matr
 
 Input channels are laid out in *slots*: ``share`` rounded up to a power of two for each map, the rest masked. A tile
 then always covers whole maps or lies inside one, and one load of (rows, maps) spreads over it in registers.
+
+What follows was reasoned from counts and from what the compiler makes of it for an H200 (bfloat16, batch 256,
+channels_last, the 3x3 layers of ResNet-50), and not measured. Each layer is 59 GFLOP a product, 75 us at 790 TFLOP/s.
+Input and output are 205, 103, 51 and 26 MB at 64, 128, 256 and 512 channels, and the attention up to 75 MB: 20 to 50 us
+at 4.3 TB/s. L2 is what binds. It is read by every program: a kernel tile for every sample and tile of pixels, and every
+pixel for each of nine elements (0.9 GB at 64 channels, for one row tile). Therefore:
+
+- A tile of the kernel serves 256 pixels, or four samples of a small picture: at 512 channels and 7x7 pixels the kernel
+  is read 256 / 4 times, 0.3 GB, where one sample a program reads 1.2 GB, 220 us at 5.5 TB/s.
+- Elements are innermost, so that the nine reads of a pixel follow each other and can come from L1.
+- The scaled kernel is formed from registers, two numbers an instruction, ``K + K * A`` rounded once.
+- What changes from step to step is one number for all lanes, added to pointers that do not change; masks are left out
+  where tiles end with what they cover. The next step's attention is loaded by hand: its numbers of two bytes lie apart,
+  and the compiler fetches ahead only four bytes and more.
+- The gradients of the kernel run through samples and pixels in one loop: loads of the next sample are under way while
+  this one is summed up.
 """
 
 import os
@@ -55,6 +71,45 @@ def _slots_to_channels(first, maps, SHARE: tl.constexpr, SLOTS: tl.constexpr, BL
 
 
 @triton.jit
+def _scaled(kernel, scale, RESIDUAL: tl.constexpr, PACKED: tl.constexpr, ACC: tl.constexpr):
+    """``kernel * (1 + scale)``, or ``kernel * scale``, of one shape, rounded to the type of the kernel."""
+    if PACKED:
+        # two numbers an instruction; and K + K * A is rounded once, though 1 + A is never there
+        return tl.fma(kernel, scale, kernel) if RESIDUAL else kernel * scale
+    else:
+        scale = scale.to(ACC)
+        if RESIDUAL:
+            scale += 1.0
+        return (kernel.to(ACC) * scale).to(kernel.dtype)
+
+
+@triton.jit
+def _step(
+    total,
+    kernel,
+    scale,
+    pixels,
+    mask,
+    RESIDUAL: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Adds to ``total`` the product of the kernel tile, scaled for one sample, and the tile of its pixels."""
+    # ".ca": the kernel's elements read the same pixels again and again, from L1 where the compiler obeys
+    columns = tl.load(pixels, mask=mask, other=0.0, cache_modifier=".ca")
+    M: tl.constexpr = kernel.shape[0]
+    K: tl.constexpr = kernel.shape[1]
+    if scale.shape[0] == M:
+        spread = tl.broadcast_to(scale[:, :, None], (M, scale.shape[1], K // scale.shape[1]))
+    else:
+        spread = tl.broadcast_to(scale[:, None, :], (scale.shape[0], M // scale.shape[0], K))
+    kernel = _scaled(kernel, tl.reshape(spread, (M, K)), RESIDUAL, PACKED, ACC).to(OPERAND)
+    return tl.dot(kernel, columns.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
 def _forward_kernel(
     x,
     weight,
@@ -71,6 +126,7 @@ def _forward_kernel(
     w_strides,
     a_strides,
     o_strides,
+    samples,
     SIZES: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -83,15 +139,26 @@ def _forward_kernel(
     SHARE: tl.constexpr,
     SLOTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     INT64: tl.constexpr,
+    ROWS_POWER: tl.constexpr,
+    SLOTS_POWER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
-    """M: output channels of a group; N: output pixels of a sample; K: slots, with the kernel's elements innermost."""
+    """M: output channels of a group; N: output pixels of a sample; K: slots, with the kernel's elements innermost.
+
+    A program computes the same tile of SAMPLES samples, 1, 2 or 4, from one tile of the kernel at a time.
+    """
+    # whether tiles end where what they cover ends: masks cost an instruction for each copy
+    WHOLE_ROWS: tl.constexpr = ROWS_POWER % BLOCK_M == 0
+    WHOLE_SLOTS: tl.constexpr = SLOTS_POWER % BLOCK_K == 0
     x_n, x_c, x_h, x_w = x_strides
     w_o, w_c, w_h, w_w = w_strides
     a_n, a_o, a_m, a_h, a_w = a_strides
@@ -103,60 +170,104 @@ def _forward_kernel(
     row_tile = program % row_tiles
     pixel_tile = program // row_tiles % pixel_tiles
     sample_group = program // row_tiles // pixel_tiles
-    sample = (sample_group // groups).to(tl.int64)
+    # the last program may compute again what the one before it does
+    sample = tl.minimum(sample_group // groups * SAMPLES, samples - SAMPLES)
     group = (sample_group % groups).to(tl.int64)
 
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     row_exists = rows < out_channels
     pixel = pixel_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     pixel_exists = pixel < pixels
+    MAPS: tl.constexpr = (BLOCK_K + SLOTS - 1) // SLOTS
+    map_ = tl.arange(0, MAPS)
+    slot = tl.arange(0, BLOCK_K)
+    channel = slot if SLOTS == SHARE else slot // SLOTS * SHARE + slot % SLOTS
+    if NARROW:
+        channel = tl.max_contiguous(channel, 64 // x.dtype.element_ty.primitive_bitwidth)
     if INT64:
         rows = rows.to(tl.int64)
         pixel = pixel.to(tl.int64)
+        channel = channel.to(tl.int64)
     out_y = pixel // out_width
     out_x = pixel % out_width
-    x += sample * x_n + group * maps * SHARE * x_c
-    weight += group * out_channels * w_o
-    attention += sample * a_n + group * out_channels * a_o
-    output += sample * o_n + group * out_channels * o_c
+    y = out_y * STRIDE_H - PAD_H
+    z = out_x * STRIDE_W - PAD_W
+    x += sample.to(tl.int64) * x_n + group * maps * SHARE * x_c
+    attention += sample.to(tl.int64) * a_n + group * out_channels * a_o
+    # what depends on the step is a number that all lanes share: a tile of pointers costs one addition each
+    patches = x + channel[:, None] * x_c + (y * x_h + z * x_w)[None, :]
+    kernels = weight + (group * out_channels + rows)[:, None] * w_o + channel[None, :] * w_c
+    scales = attention + rows[:, None] * a_o + map_[None, :] * a_m
+    # beyond the picture wherever the kernel moves
+    y = tl.where(pixel_exists, y, -(2**30))
 
-    MAPS: tl.constexpr = (BLOCK_K + SLOTS - 1) // SLOTS
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    scale_mask = row_exists[:, None] & (map_ < maps)[None, :]
+    scale0 = tl.load(scales, mask=scale_mask, other=0.0)
+    if SAMPLES > 1:
+        scale1 = tl.load(scales + a_n, mask=scale_mask, other=0.0)
+    if SAMPLES > 2:
+        scale2 = tl.load(scales + 2 * a_n, mask=scale_mask, other=0.0)
+        scale3 = tl.load(scales + 3 * a_n, mask=scale_mask, other=0.0)
+
+    total0 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if SAMPLES > 1:
+        total1 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if SAMPLES > 2:
+        total2 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        total3 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range(tl.cdiv(maps * SLOTS, BLOCK_K) * KH * KW):
         first = step // (KH * KW) * BLOCK_K
         element = step % (KH * KW)
         i = element // KW
         j = element % KW
-        channel, channel_exists = _slots_to_channels(first, maps, SHARE, SLOTS, BLOCK_K, INT64)
-        y = out_y * STRIDE_H + (i * DIL_H - PAD_H)
-        z = out_x * STRIDE_W + (j * DIL_W - PAD_W)
-        inside = pixel_exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        patches = tl.load(
-            x + channel[:, None] * x_c + (y * x_h + z * x_w)[None, :],
-            mask=channel_exists[:, None] & inside[None, :],
-            other=0.0,
+        first_channel = first if SLOTS == SHARE else first // SLOTS * SHARE + first % SLOTS
+        if INT64:
+            first_channel = first_channel.to(tl.int64)
+        inside = ((y + i * DIL_H).to(tl.uint32) < height.to(tl.uint32)) & (
+            (z + j * DIL_W).to(tl.uint32) < width.to(tl.uint32)
         )
-        kernel = tl.load(
-            weight + rows[:, None] * w_o + channel[None, :] * w_c + i * w_h + j * w_w,
-            mask=row_exists[:, None] & channel_exists[None, :],
-            other=0.0,
-        )
-        map_ = first // SLOTS + tl.arange(0, MAPS)
-        scale = tl.load(
-            attention + rows[:, None] * a_o + map_[None, :] * a_m + i * a_h + j * a_w,
-            mask=row_exists[:, None] & (map_ < maps)[None, :],
-            other=0.0,
-        ).to(ACC)
-        if RESIDUAL:
-            scale += 1.0
-        spread = tl.broadcast_to(scale[:, :, None], (BLOCK_M, MAPS, BLOCK_K // MAPS))
-        kernel = (kernel.to(ACC) * tl.reshape(spread, (BLOCK_M, BLOCK_K))).to(patches.dtype)
-        total = tl.dot(kernel.to(OPERAND), patches.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
-    tl.store(
-        output + rows[:, None] * o_c + (out_y * o_h + out_x * o_w)[None, :],
-        total.to(output.dtype.element_ty),
-        mask=row_exists[:, None] & pixel_exists[None, :],
-    )
+        mask = inside[None, :]
+        if not WHOLE_SLOTS:
+            channel_exists = ((first + slot) % SLOTS < SHARE) & (first + slot < maps * SLOTS)
+            mask = mask & channel_exists[:, None]
+        at = patches + (i * DIL_H * x_h + j * DIL_W * x_w + first_channel * x_c)
+        kernel_at = kernels + (i * w_h + j * w_w + first_channel * w_c)
+        if WHOLE_ROWS and WHOLE_SLOTS:
+            kernel = tl.load(kernel_at)
+        elif WHOLE_SLOTS:
+            kernel = tl.load(kernel_at, mask=row_exists[:, None], other=0.0)
+        else:
+            kernel = tl.load(kernel_at, mask=row_exists[:, None] & channel_exists[None, :], other=0.0)
+
+        # The next step's, since numbers of two bytes that lie apart are not fetched ahead by the compiler.
+        next_step = step + 1
+        next_map = next_step // (KH * KW) * BLOCK_K // SLOTS
+        element = next_step % (KH * KW)
+        offset = next_map * a_m + element // KW * a_h + element % KW * a_w
+        scale_mask = row_exists[:, None] & (next_map + map_ < maps)[None, :]
+        next0 = tl.load(scales + offset, mask=scale_mask, other=0.0)
+        total0 = _step(total0, kernel, scale0, at, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+        scale0 = next0
+        if SAMPLES > 1:
+            next1 = tl.load(scales + (a_n + offset), mask=scale_mask, other=0.0)
+            total1 = _step(total1, kernel, scale1, at + x_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            scale1 = next1
+        if SAMPLES > 2:
+            next2 = tl.load(scales + (2 * a_n + offset), mask=scale_mask, other=0.0)
+            total2 = _step(total2, kernel, scale2, at + 2 * x_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            scale2 = next2
+            next3 = tl.load(scales + (3 * a_n + offset), mask=scale_mask, other=0.0)
+            total3 = _step(total3, kernel, scale3, at + 3 * x_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            scale3 = next3
+    output += sample.to(tl.int64) * o_n + group * out_channels * o_c
+    output_at = output + rows[:, None] * o_c + (out_y * o_h + out_x * o_w)[None, :]
+    stored = row_exists[:, None] & pixel_exists[None, :]
+    tl.store(output_at, total0.to(output.dtype.element_ty), mask=stored)
+    if SAMPLES > 1:
+        tl.store(output_at + o_n, total1.to(output.dtype.element_ty), mask=stored)
+    if SAMPLES > 2:
+        tl.store(output_at + 2 * o_n, total2.to(output.dtype.element_ty), mask=stored)
+        tl.store(output_at + 3 * o_n, total3.to(output.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -176,6 +287,7 @@ def _input_gradient_kernel(
     w_strides,
     a_strides,
     o_strides,
+    samples,
     SIZES: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -188,19 +300,27 @@ def _input_gradient_kernel(
     SHARE: tl.constexpr,
     SLOTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     INT64: tl.constexpr,
+    ROWS_POWER: tl.constexpr,
+    SLOTS_POWER: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """M: slots of a group; N: input pixels; K: output channels, with the kernel's elements innermost.
 
     ``output`` is the given gradient, ``x`` the one that is written. A program's pixels lie ``STRIDE`` apart: all of
     them are reached by the same elements of the kernel, and the others are skipped.
     """
+    # whether tiles end where what they cover ends: masks cost an instruction for each copy
+    WHOLE_ROWS: tl.constexpr = ROWS_POWER % BLOCK_K == 0
+    WHOLE_SLOTS: tl.constexpr = SLOTS_POWER % BLOCK_M == 0
     x_n, x_c, x_h, x_w = x_strides
     w_o, w_c, w_h, w_w = w_strides
     a_n, a_o, a_m, a_h, a_w = a_strides
@@ -214,68 +334,109 @@ def _input_gradient_kernel(
     first_y = program % STRIDE_H
     first_x = program // STRIDE_H % STRIDE_W
     sample_group = program // (STRIDE_H * STRIDE_W)
-    sample = (sample_group // groups).to(tl.int64)
+    sample = tl.minimum(sample_group // groups * SAMPLES, samples - SAMPLES)
     group = (sample_group % groups).to(tl.int64)
 
-    channel, row_exists = _slots_to_channels(row_tile * BLOCK_M, maps, SHARE, SLOTS, BLOCK_M, INT64)
+    channel, channel_exists = _slots_to_channels(row_tile * BLOCK_M, maps, SHARE, SLOTS, BLOCK_M, INT64)
     pixel = pixel_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_K)
     # a picture narrower than the stride has no pixel at all for some programs
     columns = tl.maximum((width - first_x + STRIDE_W - 1) // STRIDE_W, 1)
+    MAPS: tl.constexpr = (BLOCK_M + SLOTS - 1) // SLOTS
+    map_ = row_tile * BLOCK_M // SLOTS + tl.arange(0, MAPS)
     if INT64:
         pixel = pixel.to(tl.int64)
+        rows = rows.to(tl.int64)
     step_y = pixel // columns
     step_x = pixel % columns
     y = first_y + step_y * STRIDE_H
     z = first_x + step_x * STRIDE_W
     pixel_exists = (y < height) & (z < width)
-    x += sample * x_n + group * maps * SHARE * x_c
-    weight += group * out_channels * w_o
-    attention += sample * a_n + group * out_channels * a_o
-    output += sample * o_n + group * out_channels * o_c
+    x += sample.to(tl.int64) * x_n + group * maps * SHARE * x_c
+    attention += sample.to(tl.int64) * a_n + group * out_channels * a_o
+    output += sample.to(tl.int64) * o_n + group * out_channels * o_c
+    depth = tl.max_contiguous(rows, 64 // x.dtype.element_ty.primitive_bitwidth) if NARROW else rows
+    # as in the forward pass
+    gradients = output + depth[:, None] * o_c + (step_y * o_h + step_x * o_w)[None, :]
+    kernels = weight + (group * out_channels + rows)[None, :] * w_o + channel[:, None] * w_c
+    scales = attention + map_[:, None] * a_m + rows[None, :] * a_o
+    # beyond the picture wherever the kernel moves
+    step_y = tl.where(pixel_exists, step_y, -(2**30))
 
-    MAPS: tl.constexpr = (BLOCK_M + SLOTS - 1) // SLOTS
-    map_ = row_tile * BLOCK_M // SLOTS + tl.arange(0, MAPS)
-    total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    scale_mask = (map_ < maps)[:, None] & (rows < out_channels)[None, :]
+    scale0 = tl.load(scales, mask=scale_mask, other=0.0)
+    if SAMPLES > 1:
+        scale1 = tl.load(scales + a_n, mask=scale_mask, other=0.0)
+    if SAMPLES > 2:
+        scale2 = tl.load(scales + 2 * a_n, mask=scale_mask, other=0.0)
+        scale3 = tl.load(scales + 3 * a_n, mask=scale_mask, other=0.0)
+
+    total0 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if SAMPLES > 1:
+        total1 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    if SAMPLES > 2:
+        total2 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        total3 = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for step in range(tl.cdiv(out_channels, BLOCK_K) * KH * KW):
+        first = step // (KH * KW) * BLOCK_K
         element = step % (KH * KW)
         i = element // KW
         j = element % KW
+        next_step = step + 1
+        next_first = next_step // (KH * KW) * BLOCK_K
+        element = next_step % (KH * KW)
+        offset = element // KW * a_h + element % KW * a_w
+        if INT64:
+            first = first.to(tl.int64)
+            next_first = next_first.to(tl.int64)
+        offset += next_first * a_o
+        scale_mask = (map_ < maps)[:, None] & (next_first + rows < out_channels)[None, :]
+        next0 = tl.load(scales + offset, mask=scale_mask, other=0.0)
+        if SAMPLES > 1:
+            next1 = tl.load(scales + (a_n + offset), mask=scale_mask, other=0.0)
+        if SAMPLES > 2:
+            next2 = tl.load(scales + (2 * a_n + offset), mask=scale_mask, other=0.0)
+            next3 = tl.load(scales + (3 * a_n + offset), mask=scale_mask, other=0.0)
         # kept from being negative, where the signs of quotient and remainder would depend on who divides
         distance_y = first_y + PAD_H - i * DIL_H + STRIDE_H * DIL_H * KH
         distance_x = first_x + PAD_W - j * DIL_W + STRIDE_W * DIL_W * KW
         if (distance_y % STRIDE_H == 0) & (distance_x % STRIDE_W == 0):
-            rows = step // (KH * KW) * BLOCK_K + tl.arange(0, BLOCK_K)
-            exists = rows < out_channels
-            if INT64:
-                rows = rows.to(tl.int64)
-            out_y = step_y + (distance_y // STRIDE_H - DIL_H * KH)
-            out_x = step_x + (distance_x // STRIDE_W - DIL_W * KW)
-            inside = pixel_exists & (out_y >= 0) & (out_y < out_height) & (out_x >= 0) & (out_x < out_width)
-            gradient = tl.load(
-                output + rows[:, None] * o_c + (out_y * o_h + out_x * o_w)[None, :],
-                mask=exists[:, None] & inside[None, :],
-                other=0.0,
+            shift_y = distance_y // STRIDE_H - DIL_H * KH
+            shift_x = distance_x // STRIDE_W - DIL_W * KW
+            inside = ((step_y + shift_y).to(tl.uint32) < out_height.to(tl.uint32)) & (
+                (step_x + shift_x).to(tl.uint32) < out_width.to(tl.uint32)
             )
-            kernel = tl.load(
-                weight + channel[:, None] * w_c + rows[None, :] * w_o + i * w_h + j * w_w,
-                mask=row_exists[:, None] & exists[None, :],
-                other=0.0,
-            )
-            scale = tl.load(
-                attention + map_[:, None] * a_m + rows[None, :] * a_o + i * a_h + j * a_w,
-                mask=(map_ < maps)[:, None] & exists[None, :],
-                other=0.0,
-            ).to(ACC)
-            if RESIDUAL:
-                scale += 1.0
-            spread = tl.broadcast_to(scale[:, None, :], (MAPS, BLOCK_M // MAPS, BLOCK_K))
-            kernel = (kernel.to(ACC) * tl.reshape(spread, (BLOCK_M, BLOCK_K))).to(gradient.dtype)
-            total = tl.dot(kernel.to(OPERAND), gradient.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
-    tl.store(
-        x + channel[:, None] * x_c + (y * x_h + z * x_w)[None, :],
-        total.to(x.dtype.element_ty),
-        mask=row_exists[:, None] & pixel_exists[None, :],
-    )
+            mask = inside[None, :]
+            if not WHOLE_ROWS:
+                mask = mask & (first + rows < out_channels)[:, None]
+            at = gradients + (shift_y * o_h + shift_x * o_w + first * o_c)
+            kernel_at = kernels + (i * w_h + j * w_w + first * w_o)
+            if WHOLE_ROWS and WHOLE_SLOTS:
+                kernel = tl.load(kernel_at)
+            else:
+                kernel = tl.load(
+                    kernel_at, mask=channel_exists[:, None] & (first + rows < out_channels)[None, :], other=0.0
+                )
+            total0 = _step(total0, kernel, scale0, at, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            if SAMPLES > 1:
+                total1 = _step(total1, kernel, scale1, at + o_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            if SAMPLES > 2:
+                total2 = _step(total2, kernel, scale2, at + 2 * o_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+                total3 = _step(total3, kernel, scale3, at + 3 * o_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+        scale0 = next0
+        if SAMPLES > 1:
+            scale1 = next1
+        if SAMPLES > 2:
+            scale2 = next2
+            scale3 = next3
+    written = x + channel[:, None] * x_c + (y * x_h + z * x_w)[None, :]
+    stored = channel_exists[:, None] & pixel_exists[None, :]
+    tl.store(written, total0.to(x.dtype.element_ty), mask=stored)
+    if SAMPLES > 1:
+        tl.store(written + x_n, total1.to(x.dtype.element_ty), mask=stored)
+    if SAMPLES > 2:
+        tl.store(written + 2 * x_n, total2.to(x.dtype.element_ty), mask=stored)
+        tl.store(written + 3 * x_n, total3.to(x.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -295,9 +456,9 @@ def _kernel_gradients_kernel(
     w_strides,
     a_strides,
     o_strides,
+    samples,
     weight_gradient,
     attention_gradient,
-    samples,
     samples_a_split,
     dw_strides,
     da_strides,
@@ -317,6 +478,8 @@ def _kernel_gradients_kernel(
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
     INT64: tl.constexpr,
+    ROWS_POWER: tl.constexpr,
+    SLOTS_POWER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -327,6 +490,10 @@ def _kernel_gradients_kernel(
     than atomically, gives the same bits every time. BLOCK_N comes from the caller, whose buffer for
     ``attention_gradient`` depends on it: a map wider than a tile has ``da_part`` between the sums of its tiles.
     """
+    # whether tiles end where what they cover ends: masks cost an instruction for each copy
+    WHOLE_ROWS: tl.constexpr = ROWS_POWER % BLOCK_M == 0
+    WHOLE_SLOTS: tl.constexpr = SLOTS_POWER % BLOCK_N == 0
+    ONE_TILE: tl.constexpr = SIZES[2] <= BLOCK_K
     x_n, x_c, x_h, x_w = x_strides
     w_o, w_c, w_h, w_w = w_strides
     a_n, a_o, a_m, a_h, a_w = a_strides
@@ -363,57 +530,94 @@ def _kernel_gradients_kernel(
     kernel_exists = row_exists[:, None] & channel_exists[None, :]
     kernel = tl.load(weight + rows[:, None] * w_o + channel[None, :] * w_c, mask=kernel_exists, other=0.0).to(ACC)
     total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    product = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     pixels = out_height * out_width
     first_sample = (split * samples_a_split).to(tl.int64)
-    for index in range(tl.minimum(samples_a_split, samples - split * samples_a_split)):
-        sample = first_sample + index
-        product = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        for start in range(0, pixels, BLOCK_K):
-            pixel = start + tl.arange(0, BLOCK_K)
-            pixel_exists = pixel < pixels
-            if INT64:
-                pixel = pixel.to(tl.int64)
-            out_y = pixel // out_width
-            out_x = pixel % out_width
-            y = out_y * STRIDE_H + (i * DIL_H - PAD_H)
-            z = out_x * STRIDE_W + (j * DIL_W - PAD_W)
-            inside = pixel_exists & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-            gradient = tl.load(
-                output + sample * o_n + rows[:, None] * o_c + (out_y * o_h + out_x * o_w)[None, :],
-                mask=row_exists[:, None] & pixel_exists[None, :],
-                other=0.0,
-            )
-            patches = tl.load(
-                x + sample * x_n + channel[None, :] * x_c + (y * x_h + z * x_w)[:, None],
-                mask=channel_exists[None, :] & inside[:, None],
-                other=0.0,
-            )
-            product = tl.dot(
-                gradient.to(OPERAND), patches.to(OPERAND), product, input_precision=PRECISION, out_dtype=ACC
-            )
-        scale = tl.load(
-            attention + sample * a_n + rows[:, None] * a_o + map_[None, :] * a_m, mask=map_exists, other=0.0
-        ).to(ACC)
-        if RESIDUAL:
-            scale += 1.0
-        spread = tl.broadcast_to(scale[:, :, None], (BLOCK_M, MAPS, BLOCK_N // MAPS))
-        total += product * tl.reshape(spread, (BLOCK_M, BLOCK_N))
-        sums = tl.sum(tl.reshape(product * kernel, (BLOCK_M, MAPS, BLOCK_N // MAPS)), axis=2)
-        tl.store(
-            attention_gradient + sample * da_n + rows[:, None] * da_o + map_[None, :] * da_m,
-            sums.to(attention_gradient.dtype.element_ty),
-            mask=map_exists,
+    x += first_sample * x_n
+    output += first_sample * o_n
+    attention += first_sample * a_n
+    attention_gradient += first_sample * da_n
+    scales = attention + rows[:, None] * a_o + map_[None, :] * a_m
+    sums_at = attention_gradient + rows[:, None] * da_o + map_[None, :] * da_m
+    gradients = output + rows[:, None] * o_c
+    patches = x + channel[None, :] * x_c
+    lane = tl.arange(0, BLOCK_K)
+    first_y = lane // out_width
+    first_x = lane % out_width
+    out_y = first_y
+    out_x = first_x
+    tiles = 1 if ONE_TILE else tl.cdiv(pixels, BLOCK_K)
+    tile = 0
+    mine = tl.minimum(samples_a_split, samples - split * samples_a_split)
+    scale = tl.load(scales, mask=map_exists, other=0.0)
+    # samples and their tiles of pixels in one loop, which is what the compiler fetches ahead in
+    left = mine
+    for _ in range(mine * tiles):
+        pixel_exists = out_y < out_height
+        y = out_y * STRIDE_H + (i * DIL_H - PAD_H)
+        z = out_x * STRIDE_W + (j * DIL_W - PAD_W)
+        inside = pixel_exists & (y.to(tl.uint32) < height.to(tl.uint32)) & (z.to(tl.uint32) < width.to(tl.uint32))
+        if INT64:
+            from_output = out_y.to(tl.int64) * o_h + out_x.to(tl.int64) * o_w
+            from_x = y.to(tl.int64) * x_h + z.to(tl.int64) * x_w
+        else:
+            from_output = out_y * o_h + out_x * o_w
+            from_x = y * x_h + z * x_w
+        gradient = tl.load(
+            gradients + from_output[None, :],
+            mask=pixel_exists[None, :] if WHOLE_ROWS else row_exists[:, None] & pixel_exists[None, :],
+            other=0.0,
         )
+        columns = tl.load(
+            patches + from_x[:, None],
+            mask=inside[:, None] if WHOLE_SLOTS else channel_exists[None, :] & inside[:, None],
+            other=0.0,
+        )
+        product = tl.dot(gradient.to(OPERAND), columns.to(OPERAND), product, input_precision=PRECISION, out_dtype=ACC)
+        # where the next step reads is told apart from what follows, or nothing could be fetched ahead
+        if ONE_TILE:
+            last = True
+            patches += x_n
+            gradients += o_n
+        else:
+            tile += 1
+            last = tile == tiles
+            tile = tl.where(last, 0, tile)
+            patches += tl.where(last, x_n, 0)
+            gradients += tl.where(last, o_n, 0)
+            # BLOCK_K pixels on, or back to the first ones
+            out_x += BLOCK_K % out_width
+            carry = out_x >= out_width
+            out_x = tl.where(last, first_x, tl.where(carry, out_x - out_width, out_x))
+            out_y = tl.where(last, first_y, out_y + (BLOCK_K // out_width + carry.to(tl.int32)))
+        if last:
+            left -= 1
+            scales += tl.where(left > 0, a_n, 0)
+            factor = scale.to(ACC)
+            # of the next sample, or again of the last one
+            scale = tl.load(scales, mask=map_exists, other=0.0)
+            if RESIDUAL:
+                factor += 1.0
+            spread = tl.broadcast_to(factor[:, :, None], (BLOCK_M, MAPS, BLOCK_N // MAPS))
+            total += product * tl.reshape(spread, (BLOCK_M, BLOCK_N))
+            sums = tl.sum(tl.reshape(product * kernel, (BLOCK_M, MAPS, BLOCK_N // MAPS)), axis=2)
+            tl.store(sums_at, sums.to(attention_gradient.dtype.element_ty), mask=map_exists)
+            sums_at += da_n
+            product = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     weight_gradient += split.to(tl.int64) * dw_s + group * out_channels * dw_o + i * dw_h + j * dw_w
     tl.store(weight_gradient + rows[:, None] * dw_o + channel[None, :] * dw_c, total, mask=kernel_exists)
 
 
 class _Sizes(NamedTuple):
-    """How many rows, columns and summands the matrix product of a sample and group has, up to powers of two."""
+    """How many rows, columns and summands the matrix product of a sample and group has, and how many samples are there.
+
+    Up to powers of two, and up to 4 samples.
+    """
 
     rows: int
     columns: int
     depth: int
+    samples: int
 
 
 def _tile(block: int, size: int) -> int:
@@ -421,61 +625,87 @@ def _tile(block: int, size: int) -> int:
     return max(16, min(block, size))
 
 
-def _default_tiles(sizes: _Sizes, dtype: torch.dtype) -> dict[str, int]:
+def _default_tiles(kernel: Any, sizes: _Sizes, dtype: torch.dtype) -> dict[str, Any]:
     low = dtype.itemsize == 2
-    wide = low and sizes.rows >= 128 and sizes.columns >= 128
+    if kernel is _kernel_gradients_kernel:
+        # three tiles live in registers at once, which four warps cannot hold
+        rows, depth = _tile(128 if low else 64, sizes.rows), _tile(64 if low else 32, sizes.depth)
+        return {"BLOCK_M": rows, "BLOCK_K": depth, "num_warps": 8, "num_stages": 3}
+    # Pictures of up to 64 pixels: the tile of the kernel, which is most of what is read, then serves several samples.
+    together = 1 if sizes.columns > 64 or sizes.samples < 4 else 4 if low else 2
+    rows = _tile(128 if low else 64, sizes.rows)
+    columns = _tile(256 if low and sizes.columns >= 256 else 128, sizes.columns)
     return {
-        "BLOCK_M": _tile(128 if wide else 64, sizes.rows),
-        "BLOCK_N": _tile(128 if wide else 64, sizes.columns),
-        "BLOCK_K": _tile(64 if low else 32, sizes.depth),
-        "num_warps": 8 if wide else 4,
-        "num_stages": 3,
+        "BLOCK_M": rows,
+        "BLOCK_N": columns,
+        # what fits into registers beside four samples' sums
+        "BLOCK_K": _tile(64 if low and together == 1 else 32, sizes.depth),
+        "SAMPLES": together,
+        "NARROW": False,
+        "num_warps": 8 if rows * columns * together >= 2**14 else 4,
+        "num_stages": 3 if together == 1 else 4,
     }
 
 
+# What may be best for some shape: wide tiles of pixels read the kernel less often, narrow ones waste less of a small
+# picture; NARROW trades twice the copies for L1, where Triton lets only copies of 8 bytes in (3.6; not 3.9).
 _TABLE = [
-    triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-    for m, n, k, warps, stages in (
-        (32, 32, 32, 2, 4),
-        (32, 64, 32, 4, 4),
-        (64, 32, 32, 4, 4),
-        (64, 64, 32, 4, 3),
-        (64, 64, 64, 4, 3),
-        (64, 128, 32, 4, 3),
-        (128, 64, 32, 4, 3),
-        (128, 64, 64, 4, 3),
-        (128, 128, 32, 8, 3),
-        (128, 128, 64, 8, 3),
-        (128, 256, 64, 8, 3),
+    triton.Config(
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SAMPLES": samples, "NARROW": narrow},
+        num_warps=warps,
+        num_stages=stages,
+    )
+    for m, n, k, samples, narrow, warps, stages in (
+        (64, 64, 32, 1, False, 4, 4),
+        (64, 64, 64, 2, False, 4, 3),
+        (64, 64, 32, 4, False, 4, 4),
+        (128, 64, 64, 2, False, 8, 3),
+        (128, 64, 32, 4, False, 8, 4),
+        (128, 64, 32, 4, True, 8, 4),
+        (64, 128, 32, 1, False, 4, 4),
+        (64, 128, 64, 1, False, 4, 3),
+        (64, 128, 64, 1, True, 4, 3),
+        (64, 256, 64, 1, False, 8, 3),
+        (64, 256, 64, 1, True, 8, 3),
+        (128, 128, 64, 1, False, 8, 3),
+        (128, 256, 64, 1, False, 8, 3),
+        (128, 256, 64, 1, True, 8, 3),
     )
 ]
 # the kernel's gradients: N comes from the caller
 _TABLE_WITHOUT_N = [
     triton.Config({"BLOCK_M": m, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
     for m, k, warps, stages in (
-        (32, 32, 4, 4),
-        (32, 64, 4, 3),
         (64, 32, 8, 4),
+        (64, 64, 4, 3),
         (64, 64, 8, 3),
-        (128, 32, 8, 3),
+        (128, 32, 8, 4),
         (128, 64, 8, 3),
+        (128, 64, 8, 4),
     )
 ]
+# of a multiprocessor of compute capability 8.0 or 9.0
+_SHARED_MEMORY = 160 * 2**10
 
 
 def _prune(configs: Sequence[triton.Config], named_args: dict[str, Any], **meta: Any) -> list[triton.Config]:
-    """Leaves out tiles that are larger than what they would cover."""
+    """Leaves out tiles that are larger than what they would cover, or than shared memory."""
     arguments = {**named_args, **meta}
     sizes = _Sizes(*arguments["SIZES"])
-    fitting = [
-        config
-        for config in configs
-        if all(
-            config.kwargs.get(block, 16) <= max(32, size)
-            for block, size in zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), sizes, strict=True)
+
+    def fits(config: triton.Config) -> bool:
+        tiles = config.kwargs
+        together = tiles.get("SAMPLES", 1)
+        blocks = [tiles.get(block, 16) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+        m, n, k = blocks
+        numbers = config.num_stages * (m * k + together * k * n)
+        return (
+            all(block <= max(64, size) for block, size in zip(blocks, sizes, strict=False))
+            and (together == 1 or (sizes.columns <= 64 and sizes.samples >= 4))
+            and numbers * arguments["x"].element_size() <= _SHARED_MEMORY
         )
-    ]
-    return fitting or [configs[0]]
+
+    return [config for config in configs if fits(config)] or [configs[0]]
 
 
 def _time_interpreted(call: Callable[[], object], quantiles: Sequence[float]) -> list[float]:
@@ -545,6 +775,7 @@ class _Problem:
             self.rows,
             self.maps,
             *(tensor.stride() for tensor in tensors),
+            self.samples,
         )
         self.constants = {
             "KH": self.kh,
@@ -558,33 +789,36 @@ class _Problem:
             "SHARE": self.share,
             "SLOTS": self.slots,
             "RESIDUAL": residual,
+            # Python's floats, which the interpreter computes in, are not packed
+            "PACKED": self.dtype.itemsize == 2 and not INTERPRETED,
             "PRECISION": _precision(),
             # The interpreter multiplies the bits of bfloat16 as if they were integers; float32 holds the same products.
             "OPERAND": tl.float32 if INTERPRETED and self.dtype == torch.bfloat16 else _TRITON_DTYPES[self.dtype],
             "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
             # the offsets of a sample and of a group are always 64 bits wide
             "INT64": any(_extent(tensor) >= 2**31 for tensor in tensors),
+            "ROWS_POWER": _power_of_two(self.rows),
+            # slots that are no channels are not whole
+            "SLOTS_POWER": _power_of_two(self.maps * self.slots) if self.slots == self.share else 1,
         }
 
     def launch(
-        self,
-        kernel: Any,
-        programs: Callable[[dict[str, int]], int],
-        sizes: _Sizes,
-        *more: Any,
-        warps: int | None = None,
-        **fixed: int,
+        self, kernel: Any, programs: Callable[[dict[str, int]], int], sizes: _Sizes, *more: Any, **fixed: int
     ) -> None:
-        """Runs ``kernel`` with tiles of its own choice, ``fixed`` ones excepted; ``warps`` is for the default ones."""
-        sizes = _Sizes(*map(triton.next_power_of_2, sizes))
+        """Runs ``kernel`` with tiles of its own choice, ``fixed`` ones excepted."""
+        *sizes_of_product, samples = map(triton.next_power_of_2, sizes)
+        sizes = _Sizes(*sizes_of_product, min(samples, 4))
+        # three samples are fewer than a program of four takes
+        sizes = sizes._replace(samples=2) if self.samples == 3 else sizes
         # another device may be the current one
         with torch.cuda.device_of(self.arguments[0]):
             constants = {"SIZES": tuple(sizes), **self.constants, **fixed}
+            if kernel is _kernel_gradients_kernel:
+                del constants["PACKED"]
             if os.environ.get(AUTOTUNE_VARIABLE, "0") not in ("", "0"):
                 _TUNED[kernel][lambda meta: (programs(meta),)](*self.arguments, *more, **constants)
             else:
-                tiles = {**_default_tiles(sizes, self.dtype), **fixed}
-                tiles["num_warps"] = warps or tiles["num_warps"]
+                tiles = {**_default_tiles(kernel, sizes, self.dtype), **fixed}
                 kernel[(programs(tiles),)](*self.arguments, *more, **{**constants, **tiles})
 
 
@@ -593,10 +827,13 @@ def forward(input: Tensor, weight: Tensor, attention: Tensor, output: Tensor, *g
     problem = _Problem(input, weight, attention, output, *geometry)
 
     def programs(tiles: dict[str, int]) -> int:
-        row_tiles = triton.cdiv(problem.rows, tiles["BLOCK_M"])
-        return row_tiles * triton.cdiv(problem.pixels, tiles["BLOCK_N"]) * problem.samples * problem.groups
+        kernel_tiles = triton.cdiv(problem.rows, tiles["BLOCK_M"]) * problem.groups
+        sample_tiles = triton.cdiv(problem.samples, tiles["SAMPLES"])
+        return kernel_tiles * triton.cdiv(problem.pixels, tiles["BLOCK_N"]) * sample_tiles
 
-    problem.launch(_forward_kernel, programs, _Sizes(problem.rows, problem.pixels, problem.maps * problem.slots))
+    problem.launch(
+        _forward_kernel, programs, _Sizes(problem.rows, problem.pixels, problem.maps * problem.slots, problem.samples)
+    )
 
 
 def gradients(
@@ -623,9 +860,10 @@ def _input_gradient(input: Tensor, weight: Tensor, attention: Tensor, gradient: 
 
     def programs(tiles: dict[str, int]) -> int:
         pixel_tiles = triton.cdiv(pixels, tiles["BLOCK_N"]) * step_y * step_x
-        return triton.cdiv(slots, tiles["BLOCK_M"]) * pixel_tiles * problem.samples * problem.groups
+        kernel_tiles = triton.cdiv(slots, tiles["BLOCK_M"]) * problem.groups
+        return kernel_tiles * pixel_tiles * triton.cdiv(problem.samples, tiles["SAMPLES"])
 
-    problem.launch(_input_gradient_kernel, programs, _Sizes(slots, pixels, problem.rows))
+    problem.launch(_input_gradient_kernel, programs, _Sizes(slots, pixels, problem.rows, problem.samples))
 
 
 def _kernel_gradients(
@@ -633,7 +871,7 @@ def _kernel_gradients(
 ) -> tuple[Tensor, Tensor]:
     problem = _Problem(input, weight, attention, gradient, *geometry)
     slots = problem.maps * problem.slots
-    sizes = _Sizes(problem.rows, slots, problem.pixels)
+    sizes = _Sizes(problem.rows, slots, problem.pixels, problem.samples)
     block_n = _tile(64, triton.next_power_of_2(slots))
     tiles_of_kernel = (
         triton.cdiv(problem.rows, 64) * triton.cdiv(slots, block_n) * problem.kh * problem.kw * problem.groups
@@ -656,9 +894,8 @@ def _kernel_gradients(
         kernel_tiles = triton.cdiv(problem.rows, tiles["BLOCK_M"]) * triton.cdiv(slots, block_n)
         return kernel_tiles * problem.kh * problem.kw * problem.groups * splits
 
-    more = (sums, part_sums, problem.samples, samples_a_split, sums.stride(), part_sums.stride())
-    # three tiles live in registers at once, which four warps cannot hold: compiled for sm_90, float32 spills
-    problem.launch(_kernel_gradients_kernel, programs, sizes, *more, warps=8, BLOCK_N=block_n)
+    more = (sums, part_sums, samples_a_split, sums.stride(), part_sums.stride())
+    problem.launch(_kernel_gradients_kernel, programs, sizes, *more, BLOCK_N=block_n)
     if splits > 1:
         torch.sum(sums, 0, out=weight_gradient)
     if parts > 1:
@@ -677,6 +914,11 @@ def _precision() -> str:
     """How float32 is multiplied: as torch's own convolutions do it on the same machine."""
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if convolutions.fp32_precision == "tf32" else "ieee"
+
+
+def _power_of_two(number: int) -> int:
+    """The largest one that divides ``number``, up to what a tile may be."""
+    return min(number & -number, 256)
 
 
 def _extent(tensor: Tensor) -> int:
