@@ -441,9 +441,9 @@ def test_parts_share_what_is_left(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         benchmark.main(["all", "--device", "cuda", "--dtype", "bfloat16", "--out", str(tmp_path / "new")])
     assert caught.value.code == 1
-    assert now[0] == pytest.approx(8.5 * 60)
+    assert now[0] == pytest.approx(8 * 60)
     assert len(limits) == len(benchmark._PARTS)
-    assert limits["layers.json"] == pytest.approx(8.5 * 60 * 16 / sum(w for _, w, *_ in benchmark._PARTS[1:]))
+    assert limits["layers.json"] == pytest.approx(8 * 60 * 16 / sum(w for _, w, *_ in benchmark._PARTS[1:]))
 
 
 def test_a_part_that_lacks_a_package_is_left_out_and_said(all_in_this_process, tmp_path, monkeypatch, capsys):

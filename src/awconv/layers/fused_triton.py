@@ -609,9 +609,9 @@ def _kernel_gradients_kernel(
 
 
 class _Sizes(NamedTuple):
-    """How many rows, columns and summands the matrix product of a sample and group has, and how many samples are there.
+    """How many rows, columns and summands the matrix product of a sample and group has, and how many samples there are.
 
-    Up to powers of two, and up to 4 samples.
+    What decides about tiles are powers of two, and whether there are 4 samples.
     """
 
     rows: int
@@ -806,10 +806,8 @@ class _Problem:
         self, kernel: Any, programs: Callable[[dict[str, int]], int], sizes: _Sizes, *more: Any, **fixed: int
     ) -> None:
         """Runs ``kernel`` with tiles of its own choice, ``fixed`` ones excepted."""
-        *sizes_of_product, samples = map(triton.next_power_of_2, sizes)
-        sizes = _Sizes(*sizes_of_product, min(samples, 4))
-        # three samples are fewer than a program of four takes
-        sizes = sizes._replace(samples=2) if self.samples == 3 else sizes
+        rows, columns, depth = map(triton.next_power_of_2, sizes[:3])
+        sizes = _Sizes(rows, columns, depth, 4 if sizes.samples >= 4 else 1)
         # another device may be the current one
         with torch.cuda.device_of(self.arguments[0]):
             constants = {"SIZES": tuple(sizes), **self.constants, **fixed}
