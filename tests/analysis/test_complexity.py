@@ -51,16 +51,22 @@ def test_activations_by_hand():
     assert total.activations == sum(row.activations for row in (first, norm, relu, last))
 
 
-def test_attention_costs_memory_in_the_shape_of_the_weights():
+@pytest.mark.parametrize("backend", ["auto", "fused", "grouped"])
+def test_attention_costs_memory_as_its_backend_keeps_it(backend):
+    """The maps, once or twice, and where each sample's kernel is formed, that too."""
     torch.manual_seed(0)
     plain = measure_complexity(torchvision.models.resnet18(weights=None), pictures(32))[-1]
-    aw = measure_complexity(convert_to_aw(torchvision.models.resnet18(weights=None)), pictures(32))[-1]
-    kernels = sum(
-        m.weight.numel() * 4
-        for m in convert_to_aw(torchvision.models.resnet18(weights=None)).modules()
-        if isinstance(m, AWConv2d)
-    )
-    assert aw.activations - plain.activations > kernels
+    network = convert_to_aw(torchvision.models.resnet18(weights=None), backend=backend)
+    aw = measure_complexity(network, pictures(32))[-1]
+    layers = [m for m in network.modules() if isinstance(m, AWConv2d)]
+    assert {layer.backend for layer in layers} == {backend}
+    kernels = sum(layer.weight.nbytes for layer in layers)
+    maps = sum(layer.weight.nbytes // layer.share for layer in layers)
+    more = aw.activations - plain.activations
+    if backend == "grouped":
+        assert kernels < more < kernels + 4 * maps
+    else:
+        assert maps < more < 4 * maps
 
 
 def test_the_network_is_left_as_it_was():

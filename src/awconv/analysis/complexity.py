@@ -53,7 +53,8 @@ def measure_complexity(network: nn.Module, pictures: Sequence[Tensor], targets: 
     row, its attention head included.
 
     Activation memory is what autograd keeps after a forward pass in training mode, each storage once, in the layer that
-    first keeps it; parameters and buffers do not count.
+    first keeps it; parameters and buffers do not count. AW layers keep what their backend does, and with ``"auto"``
+    what the fused one does, which large layers and GPUs take.
 
     Args:
         network: The network; it is put back into its mode, and its statistics stay as they were.
@@ -79,6 +80,8 @@ def measure_complexity(network: nn.Module, pictures: Sequence[Tensor], targets: 
             network(inputs)
         flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
         prefix = type(network).__name__
+        for module, backend in backends.items():
+            module.backend = "fused" if backend == "auto" else backend
         network.train()
         with rows.watching(), torch.autograd.graph.saved_tensors_hooks(rows.keep, lambda kept: kept):
             network(inputs, targets) if detector else network(inputs)
