@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from torch.torch_version import TorchVersion
 
 from awconv.analysis.benchmark import peak_memory
-from awconv.layers import aw_conv2d, functional, fused, fused_cpu
+from awconv.layers import AWConv2d, aw_conv2d, aw_conv2d_with_logits, functional, fused, fused_cpu
 
 
 @pytest.fixture(params=["by sample", "by chunk", "by sample, in blocks"])
@@ -97,23 +97,42 @@ def test_channels_last_weights_and_maps_in_any_order(way):
         assert a.stride() == value.stride()
 
 
-def test_derivatives_against_finite_differences(way):
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(("shape", "geometry"), CASES)
+def test_logits_are_what_the_sigmoid_is_taken_of(shape, geometry, residual, way):
+    leaves = [v.requires_grad_() for v in tensors(3, *shape)]
+    image, weight, logits = leaves
+    attention = 1 / (1 + torch.exp(-logits))
+    options = {"groups": shape[3], "residual": residual}
+    wanted = aw_conv2d(image, weight, attention, None, *geometry, **options, backend="gemm")
+    gradient = torch.randn_like(wanted)
+    expected = torch.autograd.grad(wanted, leaves, gradient)
+    for backend in ("fused", "grouped"):
+        output = aw_conv2d_with_logits(*leaves, None, *geometry, **options, backend=backend)
+        torch.testing.assert_close(output, wanted, rtol=1e-11, atol=1e-11)
+        for a, b in zip(torch.autograd.grad(output, leaves, gradient), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("convolve", [aw_conv2d, aw_conv2d_with_logits])
+def test_derivatives_against_finite_differences(convolve, way):
     values = [v.requires_grad_() for v in tensors(2, 4, 4, (2, 3), 2, 2, (3, 4))]
 
     def function(*values):
-        return aw_conv2d(*values, None, (2, 1), 1, 1, 2, backend="fused")
+        return convolve(*values, None, (2, 1), 1, 1, 2, backend="fused")
 
     assert torch.autograd.gradcheck(function, values)
     assert torch.autograd.gradgradcheck(function, values)
 
 
+@pytest.mark.parametrize("convolve", [aw_conv2d, aw_conv2d_with_logits])
 @pytest.mark.parametrize("frozen", range(3))
-def test_second_derivatives_where_a_part_is_frozen(frozen):
+def test_second_derivatives_where_a_part_is_frozen(frozen, convolve):
     values = tensors(2, 4, 4, (2, 3), 2, 2, (3, 4))
     leaves = [v.requires_grad_() for index, v in enumerate(values) if index != frozen]
 
     def function(*leaves):
-        return aw_conv2d(*values, None, 1, 1, 1, 2, backend="fused")
+        return convolve(*values, None, 1, 1, 1, 2, backend="fused")
 
     assert torch.autograd.gradgradcheck(function, leaves)
 
@@ -150,9 +169,51 @@ def test_memory_does_not_grow_by_the_samples_kernels(channels):
         assert after - before < kernels / 4
 
 
-def test_operator_keeps_its_contracts(way):
+def test_a_layer_neither_holds_the_attention_nor_its_gradient_twice():
+    """At 512 channels the maps of 16 samples are as many numbers as the kernel."""
+    layer = AWConv2d(512, 512, 3, padding=1, bias=False, backend="fused")
+    image = torch.randn(16, 512, 7, 7)
+    parameters = list(layer.parameters())
+    maps = 16 * 512 * 32 * 9 * 4
+    gradient = torch.randn_like(image)
+
+    def train():
+        return torch.autograd.grad(layer(image), parameters, gradient)
+
+    train()
+    # logits and their gradient, the kernel's gradient, and some ten buffers for a part of one sample's kernel
+    assert peak_memory(train) < 5 * maps
+
+
+@pytest.mark.parametrize("listened", ["attention", "attention.sigmoid"])
+def test_who_listens_to_the_attention_hears_it_and_may_change_it(listened):
+    layer = AWConv2d(16, 16, 3, padding=1, zero_init=False, backend="fused").eval()
+    image = torch.randn(2, 16, 8, 8)
+    expected = aw_conv2d(image, layer.weight, torch.full((2, 16, 1, 3, 3), 0.25), layer.bias, padding=1)
+    assert not torch.allclose(layer(image), expected)
+    hook = lambda module, inputs, output: torch.full_like(output, 0.25)  # noqa: E731
+    layer.get_submodule(listened).register_forward_hook(hook)
+    torch.testing.assert_close(layer(image), expected)
+
+
+def test_another_gate_than_the_sigmoid_is_used():
+    layer = AWConv2d(16, 16, 3, padding=1, backend="fused").eval()
+    layer.attention.sigmoid = torch.nn.Tanh()
+    image = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(layer(image), torch.nn.functional.conv2d(image, layer.weight, layer.bias, padding=1))
+
+
+def test_logits_of_the_wrong_shape_are_named():
+    image, weight, logits = tensors(2, 8, 4, (3, 3), 1, 4, (5, 5))
+    with pytest.raises(ValueError, match="logits has shape") as error:
+        aw_conv2d_with_logits(image, weight, logits[:1])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_operator_keeps_its_contracts(logits, way):
     image, weight, attention = (v.requires_grad_() for v in tensors(2, 4, 4, (2, 3), 2, 2, (3, 4)))
-    geometry = ([1, 2], [1, 1], [1, 1], 2, True)
+    geometry = ([1, 2], [1, 1], [1, 1], 2, True, logits)
     torch.library.opcheck(fused.fused_aw_conv2d, (image, weight, attention, *geometry))
     gradient = torch.randn(2, 4, 4, 2, dtype=torch.float64, requires_grad=True)
     arguments = (gradient, image, weight, attention, *geometry)
@@ -291,11 +352,15 @@ def compile_all(monkeypatch, shape, dtype, capability, precision="tf32"):
     with FakeTensorMode():
         image = torch.empty(samples, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
         weight = torch.empty(channels, channels, 3, 3, dtype=dtype)
-        attention = torch.empty(samples, channels, channels // 16, 3, 3, dtype=dtype)
+        # as the attention head makes its logits: output channels innermost where the maps are many
+        if channels >= 256:
+            logits = torch.empty(samples, 3, 3, channels // 16, channels, dtype=dtype).permute(0, 4, 3, 1, 2)
+        else:
+            logits = torch.empty(samples, 3, 3, channels, channels // 16, dtype=dtype).permute(0, 3, 4, 1, 2)
         output = torch.empty_like(image)
-        geometry = ([1, 1], [1, 1], [1, 1], 1, True)
-        fused_triton.forward(image, weight, attention, output, *geometry)
-        fused_triton.gradients(image, weight, attention, output, torch.empty_like(image), True, *geometry)
+        geometry = ([1, 1], [1, 1], [1, 1], 1, True, True)
+        fused_triton.forward(image, weight, logits, output, *geometry)
+        fused_triton.gradients(image, weight, logits, output, torch.empty_like(image), True, *geometry)
     assert list(found) == ["_forward_kernel", "_input_gradient_kernel", "_kernel_gradients_kernel"]
     return found
 

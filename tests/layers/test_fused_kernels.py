@@ -11,7 +11,7 @@ import torch
 from oracle import unfolded_aw_conv
 
 from awconv.analysis.benchmark import peak_memory
-from awconv.layers import AWConv2d, aw_conv2d, fused
+from awconv.layers import AWConv2d, aw_conv2d, aw_conv2d_with_logits, fused
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -191,7 +191,7 @@ def test_offsets_beyond_32_bits():
     assert_near([got], [expected], ERRORS[torch.float16])
     gradient = torch.ones_like(got)
     by_weight = fused.fused_aw_conv2d_backward(
-        gradient, image, weight, attention, [1, 1], [0, 0], [1, 1], 1, True, False, True
+        gradient, image, weight, attention, [1, 1], [0, 0], [1, 1], 1, True, False, False, True
     )[1]
     wanted = values[0].double() * (1 + attention.cpu().double()[0])
     assert_near([by_weight], [wanted], ERRORS[torch.float16])
@@ -244,21 +244,43 @@ def test_only_what_is_asked_for(wanted):
     assert values[wanted].grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["3x3", "even and rectangular", "a map wider than a tile", "depthwise"])
+def test_logits(name, dtype):
+    """As the attention head makes them: its maps lie in memory with the output channels innermost."""
+    case = CASES[name]
+    *_, stride, padding, dilation, residual = case
+    arguments, (image, weight, logits, bias) = (stride, padding, dilation, case[4]), problem(*case)
+    leaves = [v.clone().requires_grad_() for v in (image, weight, logits, bias)]
+    attention = 1 / (1 + torch.exp(-leaves[2]))
+    expected = aw_conv2d(*leaves[:2], attention, leaves[3], *arguments, residual=residual, backend="gemm")
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = torch.autograd.grad(expected, leaves, gradient)
+    inner = logits.permute(0, 3, 4, 2, 1).contiguous().permute(0, 4, 3, 1, 2)
+    given = [v.to(DEVICE, dtype).requires_grad_() for v in (image, weight, inner, bias)]
+    output = aw_conv2d_with_logits(*given, *arguments, residual=residual, backend="fused")
+    got = torch.autograd.grad(output, given, gradient.to(DEVICE, dtype))
+    assert got[2].stride() == given[2].stride()
+    assert_near([output, *got], [expected, *gradients], ERRORS[dtype])
+
+
 @pytest.mark.skipif(CUDA, reason="float64 is not for CUDA")
-def test_derivatives_against_finite_differences():
+@pytest.mark.parametrize("convolve", [aw_conv2d, aw_conv2d_with_logits])
+def test_derivatives_against_finite_differences(convolve):
     values = [v.requires_grad_() for v in problem(1, 2, 2, (2, 1), 1, 2, (3, 2))[:3]]
 
     def function(*values):
-        return aw_conv2d(*values, None, (2, 1), (1, 0), backend="fused")
+        return convolve(*values, None, (2, 1), (1, 0), backend="fused")
 
     assert torch.autograd.gradcheck(function, values, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, values, fast_mode=True)
 
 
-def test_operator_keeps_its_contracts():
+@pytest.mark.parametrize("logits", [True, False])
+def test_operator_keeps_its_contracts(logits):
     image, weight, attention, _ = (v.to(DEVICE, torch.float32) for v in problem(*CASES["1x1"]))
     leaves = [v.requires_grad_() for v in (image, weight, attention)]
-    torch.library.opcheck(fused.fused_aw_conv2d, (*leaves, [2, 1], [1, 0], [1, 1], 1, True))
+    torch.library.opcheck(fused.fused_aw_conv2d, (*leaves, [2, 1], [1, 0], [1, 1], 1, True, logits))
 
 
 def test_compiles_without_graph_breaks():

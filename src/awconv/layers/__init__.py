@@ -3,6 +3,6 @@
 from awconv.layers.aw_conv import AWConv2d
 from awconv.layers.bam import BAM
 from awconv.layers.convert import convert_to_aw
-from awconv.layers.functional import BACKENDS, aw_conv2d
+from awconv.layers.functional import BACKENDS, aw_conv2d, aw_conv2d_with_logits
 
-__all__ = ["BACKENDS", "BAM", "AWConv2d", "aw_conv2d", "convert_to_aw"]
+__all__ = ["BACKENDS", "BAM", "AWConv2d", "aw_conv2d", "aw_conv2d_with_logits", "convert_to_aw"]

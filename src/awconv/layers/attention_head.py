@@ -66,14 +66,22 @@ class AttentionHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Computes the maps of ``pooled`` (N, C1, kh, kw)."""
+        attention: Tensor = self.sigmoid(self.logits(pooled))
+        return attention
+
+    def logits(self, pooled: Tensor) -> Tensor:
+        """Computes what :meth:`forward` takes the sigmoid of."""
         hidden = self.relu(self.norm1(self.conv1(pooled)))
         conv, norm = self.conv2, self.norm2
         if self._computed_as_one(hidden) and isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-            logits = self._normalised(hidden, conv, norm)
-        else:
-            logits = norm(conv(hidden)).unflatten(1, (self.out_channels, self.maps))
-        attention: Tensor = self.sigmoid(logits)
-        return attention
+            return self._normalised(hidden, conv, norm)
+        logits: Tensor = norm(conv(hidden)).unflatten(1, (self.out_channels, self.maps))
+        return logits
+
+    @property
+    def sigmoid_can_wait(self) -> bool:
+        """Whether nobody would miss a call of this module, or of its sigmoid."""
+        return type(self.sigmoid) is nn.Sigmoid and not _is_watched(self) and not _is_watched(self.sigmoid)
 
     def _computed_as_one(self, hidden: Tensor) -> bool:
         parts = (self.conv2, self.norm2)

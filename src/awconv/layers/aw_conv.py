@@ -1,6 +1,7 @@
 """The AW-convolution layer: a drop-in Conv2d that computes its own attention maps."""
 
 import math
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awconv.layers.attention_head import AttentionHead
-from awconv.layers.functional import BACKENDS, aw_conv2d
+from awconv.layers.functional import BACKENDS, aw_conv2d, aw_conv2d_with_logits
 
 _Pair = int | tuple[int, int]
 
@@ -138,19 +139,25 @@ class AWConv2d(nn.Conv2d):
         """Convolves ``input`` (N, C1, H, W) or (C1, H, W) with its attended kernels."""
         if input.dim() == 3:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        attention = self._compact_attention(input)
+        pooled = self._pool(input)
+        compute: Callable[..., Tensor] = aw_conv2d
+        if self.attention.sigmoid_can_wait:
+            # what takes the sigmoid as it goes need not hold the attention besides the logits
+            compute, maps = aw_conv2d_with_logits, self.attention.logits(pooled)
+        else:
+            maps = self.attention(pooled)
         padding: _Pair | str = self.padding  # type: ignore[assignment]
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return aw_conv2d(
+        return compute(
             input,
             self.weight,
-            attention,
+            maps,
             self.bias,
-            self.stride,  # type: ignore[arg-type]
+            self.stride,
             padding,
-            self.dilation,  # type: ignore[arg-type]
+            self.dilation,
             self.groups,
             residual=self.residual,
             backend=self.backend,
@@ -163,7 +170,8 @@ class AWConv2d(nn.Conv2d):
             input: Shape (N, C1, H, W). As in any forward pass, in training mode the batch's own statistics are used
                 and the head's running statistics are updated.
         """
-        return self._compact_attention(input).repeat_interleave(self.share, dim=2)
+        attention: Tensor = self.attention(self._pool(input))
+        return attention.repeat_interleave(self.share, dim=2)
 
     @torch.no_grad()
     def preserve_function_(self, *tied: "AWConv2d") -> "AWConv2d":
@@ -189,12 +197,10 @@ class AWConv2d(nn.Conv2d):
             options.append("residual=False")
         return ", ".join([super().extra_repr(), *options, f"backend={self.backend}"])  # type: ignore[no-untyped-call]
 
-    def _compact_attention(self, input: Tensor) -> Tensor:
-        """Computes A without repeating shared values: (N, C2, C1 / groups / share, kh, kw)."""
-        kh, kw = self.kernel_size
+    def _pool(self, input: Tensor) -> Tensor:
         pool = _exportable_pool if torch.compiler.is_exporting() else F.adaptive_avg_pool2d
-        attention: Tensor = self.attention(pool(input, (kh, kw)))
-        return attention
+        height, width = self.kernel_size
+        return pool(input, (height, width))
 
     def _silence_attention(self) -> None:
         norm: Any = self.attention.get_submodule("norm2")  # SyncBatchNorm by now, perhaps

@@ -68,9 +68,80 @@ def aw_conv2d(
         ValueError: If shapes do not fit together, or the backend is unknown or cannot compute this; the message names
             the argument.
     """
+    return _convolve(
+        input,
+        weight,
+        attention,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        residual=residual,
+        backend=backend,
+        logits=False,
+    )
+
+
+def aw_conv2d_with_logits(
+    input: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    residual: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Is :func:`aw_conv2d` with ``attention = sigmoid(logits)``, in less memory and time where it is fused.
+
+    The fused backend takes the sigmoid where it reads a scale, so that neither the attention nor its gradient is ever
+    held beside the logits and theirs.
+
+    Args:
+        input: As in :func:`aw_conv2d`, like all arguments but ``logits``.
+        weight: See ``input``.
+        logits: The attention maps before their sigmoid, shape (N, C2, C1 / groups / share, kh, kw).
+        bias: See ``input``.
+        stride: See ``input``.
+        padding: See ``input``.
+        dilation: See ``input``.
+        groups: See ``input``.
+        residual: See ``input``.
+        backend: See ``input``.
+
+    Returns:
+        The output O, shape (N, C2, H', W').
+
+    Raises:
+        ValueError: As :func:`aw_conv2d`.
+    """
+    return _convolve(
+        input, weight, logits, bias, stride, padding, dilation, groups, residual=residual, backend=backend, logits=True
+    )
+
+
+def _convolve(
+    input: Tensor,
+    weight: Tensor,
+    attention: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int],
+    padding: int | tuple[int, int] | str,
+    dilation: int | tuple[int, int],
+    groups: int,
+    *,
+    residual: bool,
+    backend: str,
+    logits: bool,
+) -> Tensor:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))}")
-    _check_shapes(input, weight, attention, bias, groups)
+    name = "logits" if logits else "attention"
+    _check_shapes(input, weight, attention, bias, groups, name)
     geometry_stride, geometry_dilation = _pair(stride), _pair(dilation)
     input, symmetric = _resolve_padding(input, padding, weight, geometry_stride, geometry_dilation)
     geometry = _Geometry(geometry_stride, symmetric, geometry_dilation, groups)
@@ -85,7 +156,7 @@ def aw_conv2d(
         bias = None if bias is None else bias.to(dtype)
     elif attention.dtype != weight.dtype:
         raise ValueError(
-            f"attention has dtype {attention.dtype} but weight has {weight.dtype}; cast one to the other's dtype"
+            f"{name} has dtype {attention.dtype} but weight has {weight.dtype}; cast one to the other's dtype"
         )
 
     if input.shape[0] == 0:
@@ -104,9 +175,10 @@ def aw_conv2d(
                 f"input has dtype {input.dtype} but weight has {weight.dtype}; cast one to the other's dtype"
             )
         output = fused.fused_aw_conv2d(
-            input, weight, attention.to(weight.dtype), *map(list, geometry[:3]), groups, residual
+            input, weight, attention.to(weight.dtype), *map(list, geometry[:3]), groups, residual, logits
         )
     else:
+        attention = attention.sigmoid() if logits else attention
         scale = 1 + attention if residual else attention
         kernels = _attended_kernels(weight, scale if dtype is None else scale.to(dtype))
         output = _EXPANDING[backend](input, kernels, geometry)
@@ -183,7 +255,9 @@ def _fastest_backend(input: Tensor, weight: Tensor, geometry: _Geometry) -> str:
     return "fused" if input.shape[0] * weight.numel() * weight.element_size() >= 2**22 else "grouped"
 
 
-def _check_shapes(input: Tensor, weight: Tensor, attention: Tensor, bias: Tensor | None, groups: int) -> None:
+def _check_shapes(
+    input: Tensor, weight: Tensor, attention: Tensor, bias: Tensor | None, groups: int, name: str
+) -> None:
     if input.dim() != 4:
         raise ValueError(f"input has shape {tuple(input.shape)}; expected four dimensions (N, C1, H, W)")
     if weight.dim() != 4:
@@ -206,7 +280,7 @@ def _check_shapes(input: Tensor, weight: Tensor, attention: Tensor, bias: Tensor
     )
     if not fits:
         raise ValueError(
-            f"attention has shape {tuple(attention.shape)}; expected (N, C2, C1/groups/share, kh, kw) = "
+            f"{name} has shape {tuple(attention.shape)}; expected (N, C2, C1/groups/share, kh, kw) = "
             f"({input.shape[0]}, {out_channels}, {group_channels}/share, {height}, {width}) "
             f"with share a divisor of {group_channels}"
         )

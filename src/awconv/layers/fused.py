@@ -4,8 +4,8 @@
 unexpanded attention, which is ``share`` times smaller than the kernels of all samples; the gradient forms again what
 the forward pass formed.
 
-The sigmoid that ends the attention head stays outside. What the operator would save for its gradient, the attention, is
-what the sigmoid saves for its own, so that it costs no memory, and its time is that of ``share`` times fewer numbers.
+The sigmoid that ends the attention head can be left to the operator: it is then computed where a scale is read, and the
+head's output is all that is held, and read, of the attention.
 """
 
 import os
@@ -46,6 +46,7 @@ def fused_aw_conv2d(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
 ) -> Tensor:
     """Convolves every sample with ``weight`` scaled by its attention, unexpanded; a batch has at least one sample.
 
@@ -60,12 +61,14 @@ def fused_aw_conv2d(
         dilation: See ``stride``.
         groups: Number of blocks of channels that are convolved apart.
         residual: Scale by 1 + attention rather than by attention.
+        logits: ``attention`` is given by its logits, whose sigmoid it is.
 
     Returns:
         Shape (N, C2, H', W'), in the input's memory format.
     """
     output = _new_output(input, weight, stride, padding, dilation)
-    _implementation(input).forward(input, weight, attention, output, stride, padding, dilation, groups, residual)
+    geometry = (stride, padding, dilation, groups, residual, logits)
+    _implementation(input).forward(input, weight, attention, output, *geometry)
     return output
 
 
@@ -80,6 +83,7 @@ def fused_aw_conv2d_backward(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
     wants_input: bool,
     wants_kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +93,7 @@ def fused_aw_conv2d_backward(
 
     Args:
         gradient: By the output, shape (N, C2, H', W'), any strides.
-        input: As in the forward pass, like everything up to ``residual``.
+        input: As in the forward pass, like everything up to ``logits``.
         weight: See ``input``.
         attention: See ``input``.
         stride: See ``input``.
@@ -97,6 +101,7 @@ def fused_aw_conv2d_backward(
         dilation: See ``input``.
         groups: See ``input``.
         residual: See ``input``.
+        logits: See ``input``.
         wants_input: Whether the gradient by the input is wanted.
         wants_kernel: Whether those by weight and attention are.
 
@@ -104,7 +109,7 @@ def fused_aw_conv2d_backward(
         Gradients shaped and strided like ``input``, ``weight`` and ``attention``.
     """
     by_input = torch.empty_like(input) if wants_input else None
-    geometry = (stride, padding, dilation, groups, residual)
+    geometry = (stride, padding, dilation, groups, residual, logits)
     by_kernel = _implementation(input).gradients(input, weight, attention, gradient, by_input, wants_kernel, *geometry)
     by_weight, by_attention = by_kernel or (weight.new_empty(0), attention.new_empty(0))
     return input.new_empty(0) if by_input is None else by_input, by_weight, by_attention
@@ -120,6 +125,7 @@ def _(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
 ) -> Tensor:
     return _new_output(input, weight, stride, padding, dilation)
 
@@ -135,6 +141,7 @@ def _(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
     wants_input: bool,
     wants_kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,25 +181,37 @@ def _double_backward(
     """Derives the gradients: again convolutions and their gradients, since a convolution is linear in each argument.
 
     With O(I, K, S) the convolution for the scale S = 1 + A, what is derived is the scalar product of dO with
-    O(along_input, K, S) + O(I, along_weight, S) + O(I, K, along_attention).
+    O(along_input, K, S) + O(I, along_weight, S) + O(I, K, along_attention). Where A is given by its logits Y, the last
+    one goes along A'(Y) along_Y, which has a derivative of its own.
     """
-    gradient, input, weight, attention = ctx.saved_tensors
-    *geometry, residual = ctx.geometry
+    gradient, input, weight, given = ctx.saved_tensors
+    *geometry, residual, logits = ctx.geometry
+    attention = given.sigmoid() if logits else given
+    slope = attention * (1 - attention) if logits else None
+    along_scale = along_attention if slope is None else along_attention * slope
     # each term is its three arguments and whether 1 is added to the last one
     terms: list[tuple[Tensor, Tensor, Tensor, bool]] = []
     if ctx.wants_input:
         terms.append((along_input, weight, attention, residual))
     if ctx.wants_kernel:
         terms.append((input, along_weight, attention, residual))
-        terms.append((input, weight, along_attention, False))
-    by_gradient = sum(fused_aw_conv2d(i, k, a, *geometry, one) for i, k, a, one in terms)
+        terms.append((input, weight, along_scale, False))
+    by_gradient = sum(fused_aw_conv2d(i, k, a, *geometry, one, False) for i, k, a, one in terms)
     totals: list[Any] = [None, None, None]
     for term in terms:
         *arguments, one = term
-        derived = fused_aw_conv2d_backward(gradient, *arguments, *geometry, one, True, True)
+        derived = fused_aw_conv2d_backward(gradient, *arguments, *geometry, one, False, True, True)
         for index, saved in enumerate((input, weight, attention)):
             if arguments[index] is saved:
                 totals[index] = derived[index] if totals[index] is None else totals[index] + derived[index]
+    if slope is not None:
+        totals[2] = None if totals[2] is None else totals[2] * slope
+        if ctx.wants_kernel:
+            by_scale = fused_aw_conv2d_backward(
+                gradient, input, weight, attention, *geometry, residual, False, False, True
+            )[2]
+            bend = along_scale * (1 - 2 * attention) * by_scale
+            totals[2] = bend if totals[2] is None else totals[2] + bend
     return (by_gradient, *totals, *(None for _ in (*ctx.geometry, ctx.wants_input, ctx.wants_kernel)))
 
 

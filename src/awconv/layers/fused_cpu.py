@@ -29,7 +29,7 @@ _BLOCK_OF_KERNEL = 2**21
 
 
 def forward(input: Tensor, weight: Tensor, attention: Tensor, output: Tensor, *geometry: Any) -> None:
-    """Writes O into ``output``; ``geometry`` is stride, padding, dilation, groups and residual."""
+    """Writes O into ``output``; ``geometry`` is stride, padding, dilation, groups, residual and logits."""
     compute = _forward_by_sample if _is_large(weight, geometry[3]) else _forward_by_chunk
     compute(input, weight, attention, output, *geometry)
 
@@ -67,14 +67,14 @@ def _chunks(weight: Tensor, samples: int) -> Iterator[slice]:
     return (slice(first, min(first + length, samples)) for first in range(0, samples, length))
 
 
-def _scale(attention: Tensor, residual: bool) -> Tensor:
-    """Shape (n, C2, maps, 1, kh, kw)."""
-    return (1 + attention if residual else attention).unsqueeze(3)
-
-
 def _by_map(kernels: Tensor, maps: int) -> Tensor:
     """Views (..., C1 / groups, kh, kw) as (..., maps, share, kh, kw)."""
     return kernels.unflatten(-3, (maps, kernels.shape[-3] // maps))
+
+
+def _slope(attention: Tensor) -> Tensor:
+    """Derivative of a sigmoid, from its values."""
+    return attention * (1 - attention)
 
 
 def _folded(images: Tensor) -> Tensor:
@@ -91,11 +91,13 @@ def _forward_by_chunk(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
 ) -> None:
     kernel = _by_map(weight, attention.shape[2])
     for chunk in _chunks(weight, input.shape[0]):
-        images, scale = input[chunk], _scale(attention[chunk], residual)
-        kernels = (kernel * scale).flatten(2, 3).flatten(0, 1)
+        images, gate = input[chunk], attention[chunk].unsqueeze(3)
+        gate = gate.sigmoid() if logits else gate
+        kernels = (kernel * (1 + gate if residual else gate)).flatten(2, 3).flatten(0, 1)
         result = F.conv2d(_folded(images), kernels, None, stride, padding, dilation, groups * images.shape[0])
         output[chunk] = result.reshape(output[chunk].shape)
 
@@ -112,12 +114,15 @@ def _gradients_by_chunk(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
 ) -> Tensor | None:
     maps = attention.shape[2]
     kernel = _by_map(weight, maps)
     by_weight = None if by_attention is None else torch.zeros_like(weight, dtype=_exact(weight))
     for chunk in _chunks(weight, input.shape[0]):
-        images, given, scale = _folded(input[chunk]), _folded(gradient[chunk]), _scale(attention[chunk], residual)
+        images, given, gate = _folded(input[chunk]), _folded(gradient[chunk]), attention[chunk].unsqueeze(3)
+        gate = gate.sigmoid() if logits else gate
+        scale = 1 + gate if residual else gate
         kernels = (kernel * scale).flatten(2, 3).flatten(0, 1)
         arguments = (given, stride, padding, dilation, groups * scale.shape[0])
         if by_input is not None:
@@ -125,7 +130,8 @@ def _gradients_by_chunk(
         if by_attention is not None and by_weight is not None:
             product = conv2d_weight(images, kernels.shape, *arguments)
             product = _by_map(product.view(scale.shape[0], *weight.shape), maps).to(by_weight.dtype)
-            by_attention[chunk] = (product * kernel).sum(3)
+            sums = (product * kernel).sum(3)
+            by_attention[chunk] = sums.mul_(_slope(gate.squeeze(3))) if logits else sums
             by_weight += (product * scale).sum(0).flatten(1, 2)
     return by_weight
 
@@ -153,6 +159,7 @@ def _forward_by_sample(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
 ) -> None:
     (height, width), (kh, kw), maps = input.shape[2:], weight.shape[2:], attention.shape[2]
     share = weight.shape[1] // maps
@@ -161,8 +168,8 @@ def _forward_by_sample(
         # The reduced axis innermost, as the product wants it, and in it the channels of a map outermost: a scale is
         # then spread over long rows of numbers.
         kernel = weights.view(rows, maps, share, kh * kw).permute(0, 2, 3, 1).contiguous().flatten(2)
-        blocks = _split(kernel)
-        scaled, scale = torch.empty_like(blocks[0]), torch.empty_like(kernel[:, :1])
+        parts = list(_ranges(rows, kernel.nbytes))
+        scaled, scale = torch.empty_like(kernel[parts[-1]]), torch.empty_like(kernel[:, :1])
         padded = input.new_zeros(height + 2 * padding[0], width + 2 * padding[1], share, maps)
         inside = padded[padding[0] : padding[0] + height, padding[1] : padding[1] + width]
         patches = _patches(padded.permute(2, 3, 0, 1), output.shape[2:], (kh, kw), stride, dilation)
@@ -171,14 +178,13 @@ def _forward_by_sample(
             inside.copy_(image.unflatten(0, (maps, share)).permute(2, 3, 1, 0))
             columns = patches.reshape(-1, share * kh * kw * maps)
             scale[:, 0].copy_(gate.permute(2, 3, 1, 0).reshape(-1, rows).t())
+            if logits:
+                scale.sigmoid_()
             if residual:
                 scale += 1
-            done = 0
-            for block in blocks:
-                part = slice(done, done + len(block))
-                products = torch.mul(block, scale[part], out=scaled[: len(block)])
-                written[part] = _product(columns, products.flatten(1)).t().unflatten(1, written.shape[1:])
-                done += len(block)
+            for part in parts:
+                own = torch.mul(kernel[part], scale[part], out=scaled[: part.stop - part.start])
+                written[part] = _product(columns, own.flatten(1)).t().unflatten(1, written.shape[1:])
 
 
 def _gradients_by_sample(
@@ -193,20 +199,16 @@ def _gradients_by_sample(
     dilation: list[int],
     groups: int,
     residual: bool,
+    logits: bool,
 ) -> Tensor | None:
     kernel_size, size, maps = weight.shape[2:], input.shape[2:], attention.shape[2]
-    share, elements = weight.shape[1] // maps, kernel_size.numel()
+    share, window = weight.shape[1] // maps, (tuple(dilation), tuple(padding), tuple(stride))
     by_weight = None if by_attention is None else torch.empty_like(weight, dtype=_exact(weight))
     for inputs, outputs, weights in _groups(weight, groups):
         rows = len(weights)
-        given = gradient[:, outputs].reshape(len(input), rows, -1)
-        transposed = given.transpose(1, 2).contiguous()
         # Output channels innermost, so that neither product has to transpose the kernel; a few maps at a time, whose
         # kernel, scaled kernel, its gradient and their sum stay in cache from one sample to the next.
-        done = 0
-        for block in _split(weights.view(rows, maps, share * elements).transpose(0, 1)):
-            some = slice(done, done + len(block))
-            done = some.stop
+        for some in _ranges(maps, weights.nbytes):
             channels = slice(some.start * share, some.stop * share)
             images = input[:, inputs][:, channels]
             kernel = weights[:, channels].reshape(rows, -1).t().contiguous().view(-1, share, *kernel_size, rows)
@@ -215,29 +217,35 @@ def _gradients_by_sample(
             padded = F.pad(torch.zeros_like(images[0]), (padding[1], padding[1], padding[0], padding[0]))
             inside = padded[:, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
             patches = _patches(padded, gradient.shape[2:], kernel_size, stride, dilation)
-            window = tuple(dilation), tuple(padding), tuple(stride)
             for sample, gate in enumerate(_output_channels_last(attention[:, outputs, some])):
+                given = gradient[sample, outputs].reshape(rows, -1)
+                gate = gate.sigmoid() if logits else gate
                 torch.add(gate, 1 if residual else 0, out=scale[:, 0])
                 if by_input is not None:
-                    columns = _product(torch.mul(kernel, scale, out=scaled).view(-1, rows), transposed[sample])
+                    torch.mul(kernel, scale, out=scaled)
+                    columns = _product(scaled.view(-1, rows), given.t().contiguous())
                     folded = F.fold(columns.unsqueeze(0), size, kernel_size, *window)
                     by_input[sample, inputs][channels] = folded[0]
+                    del columns, folded  # else those of two samples would be held at once
                 if by_attention is not None and total is not None:
                     inside.copy_(images[sample])
-                    product = _product(patches.reshape(-1, given.shape[2]), given[sample])
+                    product = _product(patches.reshape(-1, given.shape[1]), given)
                     product = product.view(kernel.shape).to(total.dtype)
                     total.addcmul_(product, scale)
-                    _output_channels_last(by_attention[:, outputs, some])[sample] = product.mul_(kernel).sum(1)
+                    sums = product.mul_(kernel).sum(1)
+                    sums = sums.mul_(_slope(gate)) if logits else sums
+                    _output_channels_last(by_attention[:, outputs, some])[sample] = sums
+                    del product
             if by_weight is not None and total is not None:
                 # in two steps, since torch is quick to transpose matrices, and slow to copy otherwise
                 by_weight[outputs, channels] = total.view(-1, rows).t().contiguous().view(rows, -1, *kernel_size)
     return by_weight
 
 
-def _split(kernel: Tensor) -> tuple[Tensor, ...]:
-    """Cuts the first axis into as few parts of one size as have at most ``_BLOCK_OF_KERNEL`` bytes."""
-    parts = min(len(kernel), math.ceil(kernel.nbytes / _BLOCK_OF_KERNEL))
-    return kernel.split(math.ceil(len(kernel) / parts))
+def _ranges(length: int, nbytes: int) -> Iterator[slice]:
+    """Cuts an axis of a kernel into parts of at most ``_BLOCK_OF_KERNEL`` bytes, of which the last is a largest one."""
+    parts = min(length, math.ceil(nbytes / _BLOCK_OF_KERNEL))
+    return (slice(part * length // parts, (part + 1) * length // parts) for part in range(parts))
 
 
 def _output_channels_last(attention: Tensor) -> Tensor:

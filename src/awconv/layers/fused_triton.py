@@ -12,6 +12,8 @@ serves ``share`` consecutive input channels. All three kernels are implicit matr
   through samples, forms ``G = dO[n] @ patches(I[n]).T`` in registers, adds ``S[n] * G`` to its tile of dK, and writes
   ``dB[n] = sum over a map's channels of K * G``.
 
+Given its logits, B is their sigmoid, taken of a tile of them before it is spread, and ``dB`` is by the logits.
+
 Input channels are laid out in *slots*: ``share`` rounded up to a power of two for each map, the rest masked. A tile
 then always covers whole maps or lies inside one, and one load of (rows, maps) spreads over it in registers.
 
@@ -91,6 +93,7 @@ def _step(
     pixels,
     mask,
     RESIDUAL: tl.constexpr,
+    LOGITS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -101,6 +104,9 @@ def _step(
     columns = tl.load(pixels, mask=mask, other=0.0, cache_modifier=".ca")
     M: tl.constexpr = kernel.shape[0]
     K: tl.constexpr = kernel.shape[1]
+    if LOGITS:
+        # before it is spread: share times fewer exponentials
+        scale = tl.sigmoid(scale.to(ACC)).to(scale.dtype)
     if scale.shape[0] == M:
         spread = tl.broadcast_to(scale[:, :, None], (M, scale.shape[1], K // scale.shape[1]))
     else:
@@ -139,6 +145,7 @@ def _forward_kernel(
     SHARE: tl.constexpr,
     SLOTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    LOGITS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -246,18 +253,22 @@ def _forward_kernel(
         offset = next_map * a_m + element // KW * a_h + element % KW * a_w
         scale_mask = row_exists[:, None] & (next_map + map_ < maps)[None, :]
         next0 = tl.load(scales + offset, mask=scale_mask, other=0.0)
-        total0 = _step(total0, kernel, scale0, at, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+        total0 = _step(total0, kernel, scale0, at, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC)
         scale0 = next0
         if SAMPLES > 1:
             next1 = tl.load(scales + (a_n + offset), mask=scale_mask, other=0.0)
-            total1 = _step(total1, kernel, scale1, at + x_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            total1 = _step(total1, kernel, scale1, at + x_n, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC)
             scale1 = next1
         if SAMPLES > 2:
             next2 = tl.load(scales + (2 * a_n + offset), mask=scale_mask, other=0.0)
-            total2 = _step(total2, kernel, scale2, at + 2 * x_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            total2 = _step(
+                total2, kernel, scale2, at + 2 * x_n, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC
+            )
             scale2 = next2
             next3 = tl.load(scales + (3 * a_n + offset), mask=scale_mask, other=0.0)
-            total3 = _step(total3, kernel, scale3, at + 3 * x_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            total3 = _step(
+                total3, kernel, scale3, at + 3 * x_n, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC
+            )
             scale3 = next3
     output += sample.to(tl.int64) * o_n + group * out_channels * o_c
     output_at = output + rows[:, None] * o_c + (out_y * o_h + out_x * o_w)[None, :]
@@ -300,6 +311,7 @@ def _input_gradient_kernel(
     SHARE: tl.constexpr,
     SLOTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    LOGITS: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -417,12 +429,18 @@ def _input_gradient_kernel(
                 kernel = tl.load(
                     kernel_at, mask=channel_exists[:, None] & (first + rows < out_channels)[None, :], other=0.0
                 )
-            total0 = _step(total0, kernel, scale0, at, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+            total0 = _step(total0, kernel, scale0, at, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC)
             if SAMPLES > 1:
-                total1 = _step(total1, kernel, scale1, at + o_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+                total1 = _step(
+                    total1, kernel, scale1, at + o_n, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC
+                )
             if SAMPLES > 2:
-                total2 = _step(total2, kernel, scale2, at + 2 * o_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
-                total3 = _step(total3, kernel, scale3, at + 3 * o_n, mask, RESIDUAL, PACKED, PRECISION, OPERAND, ACC)
+                total2 = _step(
+                    total2, kernel, scale2, at + 2 * o_n, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC
+                )
+                total3 = _step(
+                    total3, kernel, scale3, at + 3 * o_n, mask, RESIDUAL, LOGITS, PACKED, PRECISION, OPERAND, ACC
+                )
         scale0 = next0
         if SAMPLES > 1:
             scale1 = next1
@@ -474,6 +492,7 @@ def _kernel_gradients_kernel(
     SHARE: tl.constexpr,
     SLOTS: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    LOGITS: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
     ACC: tl.constexpr,
@@ -594,6 +613,9 @@ def _kernel_gradients_kernel(
             left -= 1
             scales += tl.where(left > 0, a_n, 0)
             factor = scale.to(ACC)
+            if LOGITS:
+                factor = tl.sigmoid(factor)
+                slope = factor * (1.0 - factor)
             # of the next sample, or again of the last one
             scale = tl.load(scales, mask=map_exists, other=0.0)
             if RESIDUAL:
@@ -601,6 +623,8 @@ def _kernel_gradients_kernel(
             spread = tl.broadcast_to(factor[:, :, None], (BLOCK_M, MAPS, BLOCK_N // MAPS))
             total += product * tl.reshape(spread, (BLOCK_M, BLOCK_N))
             sums = tl.sum(tl.reshape(product * kernel, (BLOCK_M, MAPS, BLOCK_N // MAPS)), axis=2)
+            if LOGITS:
+                sums *= slope
             tl.store(sums_at, sums.to(attention_gradient.dtype.element_ty), mask=map_exists)
             sums_at += da_n
             product = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -753,6 +777,7 @@ class _Problem:
         dilation: Sequence[int],
         groups: int,
         residual: bool,
+        logits: bool,
     ) -> None:
         # one copy of the kernel that all samples share, for loads along the channels: it is small, and read often
         weight = weight.contiguous(memory_format=torch.channels_last)
@@ -789,6 +814,7 @@ class _Problem:
             "SHARE": self.share,
             "SLOTS": self.slots,
             "RESIDUAL": residual,
+            "LOGITS": logits,
             # Python's floats, which the interpreter computes in, are not packed
             "PACKED": self.dtype.itemsize == 2 and not INTERPRETED,
             "PRECISION": _precision(),
@@ -821,7 +847,7 @@ class _Problem:
 
 
 def forward(input: Tensor, weight: Tensor, attention: Tensor, output: Tensor, *geometry: Any) -> None:
-    """Writes O into ``output``; ``geometry`` is stride, padding, dilation, groups and residual."""
+    """Writes O into ``output``; ``geometry`` is stride, padding, dilation, groups, residual and logits."""
     problem = _Problem(input, weight, attention, output, *geometry)
 
     def programs(tiles: dict[str, int]) -> int:
