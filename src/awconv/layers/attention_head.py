@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from awconv.layers.functional import autocast_is_known
+
 # When PointConv2 and its normalisation are computed as one: where there are many maps, and many values of each beside
 # the numbers in a row of PointConv2's weight. Else the maps are sooner normalised than the weights are scaled.
 _MANY_MAPS = 4096
@@ -155,6 +157,4 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _full_precision(device_type: str) -> AbstractContextManager[Any]:
-    # autocast must not be asked about devices that it does not know, "meta" among them
-    known = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if known else nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocast_is_known(device_type) else nullcontext()

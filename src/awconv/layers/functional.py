@@ -147,10 +147,8 @@ def _convolve(
     geometry = _Geometry(geometry_stride, symmetric, geometry_dilation, groups)
 
     device_type = input.device.type
-    # devices that autocast does not know, "meta" among them, must not be asked whether it is on
-    available = torch.amp.is_autocast_available(device_type)
     dtype = None
-    if available and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+    if autocast_is_known(device_type) and torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         input, weight = input.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -187,6 +185,12 @@ def _convolve(
     if fused.is_channels_last(input):
         output = output.contiguous(memory_format=torch.channels_last)
     return output
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch 2.11 cannot trace it
+def autocast_is_known(device_type: str) -> bool:
+    """Whether autocast may be asked about a device at all; of "meta", among others, it knows nothing."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def _attended_kernels(weight: Tensor, scale: Tensor) -> Tensor:
