@@ -233,6 +233,9 @@ def measure_ceilings(device: str, dtype: torch.dtype, *, repeats: int = 30) -> C
     # as many pixels as rows, in pictures of 8x8
     images = torch.randn(size // 64, size, 8, 8, device=device, dtype=dtype)
     products: tuple[Call, ...] = (lambda: matrix @ matrix, lambda: F.conv2d(images, matrix.view(size, size, 1, 1)))
+    # Until something as large has been freed, a C library may fetch the memory of each result from the system, page by
+    # page, which was seen to take half as long as the product itself.
+    torch.empty(2**24, dtype=torch.uint8, device=device)
     # well beyond any cache
     source = torch.zeros(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
