@@ -37,6 +37,25 @@ def test_every_bar_is_a_ratio_of_the_record(path, monkeypatch):
             assert [float(text) for text in labels] == pytest.approx(expected, abs=0.051)
 
 
+def test_what_was_not_reached_is_not_drawn(monkeypatch):
+    record = json.loads(RECORDS[0].read_text())
+    first, *_ = (
+        row for row in record["rows"] if row["pass"] == "forward+backward" and row["contender"] == "CondConv2d"
+    )
+    first["median_ms"] = None
+    drawn = {}
+    label = Axes.bar_label
+
+    def note(axes, bars, labels, **options):
+        drawn.setdefault(bars.get_label(), []).append(len(labels))
+        return label(axes, bars, labels, **options)
+
+    monkeypatch.setattr(Axes, "bar_label", note)
+    Image.open(io.BytesIO(draw_layers(record))).verify()
+    assert drawn["CondConv2d"] == [3, 3]
+    assert drawn["AWConv2d auto"] == [4, 4]
+
+
 def test_the_command_writes_a_new_picture(tmp_path):
     picture = tmp_path / "layers.png"
     benchmark.main(["draw", str(RECORDS[0]), "--out", str(picture)])

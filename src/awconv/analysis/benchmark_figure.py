@@ -24,12 +24,12 @@ def draw_layers(record: Mapping[str, Any]) -> bytes:
     """Draws time and peak memory of forward and backward as multiples of the plain convolution's.
 
     Args:
-        record: What the benchmark of the layers wrote.
+        record: What the benchmark of the layers wrote. What its time limit left out is not drawn.
 
     Returns:
         A PNG.
     """
-    rows = [row for row in record["rows"] if row["pass"] == _PASS]
+    rows = [row for row in record["rows"] if row["pass"] == _PASS and row["median_ms"] is not None]
     shapes = list(dict.fromkeys((row["channels"], row["size"]) for row in rows))
     contenders = [name for name in _COLOURS if any(row["contender"] == name for row in rows)]
     by_key = {(row["channels"], row["size"], row["contender"]): row for row in rows}
@@ -51,9 +51,10 @@ def draw_layers(record: Mapping[str, Any]) -> bytes:
     handles, labels = time.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8.5, frameon=False)
     arguments = record["arguments"]
+    repeats = ", ".join(map(str, sorted({len(row["times_ms"]) for row in rows})))
     about = (
         f"3x3 layers, forward and backward, batch {arguments['batch']}, {arguments['dtype']}; {record['machine']}, "
-        f"torch {record['versions']['torch']}, {record['date']}; medians of {arguments['repeats']} interleaved repeats"
+        f"torch {record['versions']['torch']}, {record['date']}; medians of {repeats} interleaved repeats"
     )
     figure.supxlabel(about, fontsize=7.5, color=_FAINT)
     content = BytesIO()
@@ -67,9 +68,10 @@ def _draw_bars(
     thickness = 0.8 / len(contenders)
     for place, name in enumerate(contenders):
         offset = (place + 0.5) * thickness - 0.4
-        widths = [ratios[channels, size, name] for channels, size in shapes]
+        rows = [row for row, shape in enumerate(shapes) if (*shape, name) in ratios]
+        widths = [ratios[(*shapes[row], name)] for row in rows]
         bars = axes.barh(
-            [row + offset for row in range(len(shapes))],
+            [row + offset for row in rows],
             [width - 1 for width in widths],
             left=1,
             height=0.9 * thickness,
