@@ -133,6 +133,18 @@ def test_train_and_val_share_the_pixels(cifar10_root):
     assert train.transform is not val.transform
 
 
+def test_a_transform_that_works_in_place_leaves_the_data_alone(cifar10_root):
+    class Spoiling(CIFAR10DataModule):
+        def train_geometry(self):
+            return [lambda image: image.fill_(7)]
+
+    data = Spoiling(str(cifar10_root), batch_size=5, num_workers=0, val_size=10)
+    before = data._part("train")[0].data.copy()
+    for _ in data.train_dataloader():
+        pass
+    assert (data._part("train")[0].data == before).all()
+
+
 def test_another_image_size(cifar10_root):
     module = CIFAR10DataModule(str(cifar10_root), num_workers=0, val_size=5, image_size=48, batch_size=4)
     assert next(iter(module.train_dataloader()))[0].shape == (4, 3, 48, 48)

@@ -246,6 +246,24 @@ def test_what_the_device_refuses_is_decoded_on_the_cpu(imagenet_root, monkeypatc
         assert_equal(*both(imagenet_root))
 
 
+def test_a_decoder_that_refuses_everything_is_told_of_once(imagenet_root, monkeypatch):
+    expected = list(module(imagenet_root, decode_on_device=False, num_workers=0).train_dataloader())
+    data = module(imagenet_root, num_workers=0)
+    samples = data.train_dataloader()
+
+    def refuse(contents, *rest, **options):
+        raise RuntimeError("nvJPEG is broken")
+
+    monkeypatch.setattr(encoded, "decode_jpeg", refuse)
+    with pytest.warns(UserWarning, match="refused a whole batch") as said:
+        got = list(samples)
+    assert len([w for w in said if "refused" in str(w.message)]) == 1
+    assert len(got) == len(expected) > 1
+    for (images, targets), (others, other_targets) in zip(got, expected, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(targets, other_targets)
+
+
 @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
 def test_what_nothing_decodes_is_named_or_skipped(imagenet_root, monkeypatch, on_bad_image):
     path = imagenet_root / "train" / "owl" / "owl_0001.JPEG"

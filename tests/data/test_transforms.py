@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from awconv.data.transforms import Normalise, RandomMirror, Resize, ShiftedCrop, ToImage
+from awconv.errors import InputError
 
 
 def noise(*shape, seed=0):
@@ -105,3 +106,14 @@ def test_to_image_gives_plain_tensors():
         image = ToImage(3)(given_)
         assert type(image) is torch.Tensor
         assert torch.equal(image, pixels)
+
+
+def test_to_image_takes_a_grey_picture_without_channels():
+    pixels = noise(4, 5)
+    assert torch.equal(ToImage(1)(pixels), pixels[None])
+    assert torch.equal(ToImage(3)(pixels), pixels.expand(3, 4, 5))
+
+
+def test_a_crop_that_does_not_fit_is_told_in_one_line():
+    with pytest.raises(InputError, match="20x20 pixels, padded by 2, has no crop of 32x32"):
+        ShiftedCrop(32, padding=2)(noise(3, 20, 20))

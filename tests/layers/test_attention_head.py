@@ -7,7 +7,7 @@ import torch
 from oracle import literal_attention, randomise
 from torch import nn
 
-from awconv.layers import AWConv2d, attention_head
+from awconv.layers import AWConv2d, attention_head, aw_conv2d
 
 # channels in and out, kernel, and options of the layer
 LAYERS = {
@@ -194,10 +194,29 @@ def test_what_was_changed_is_called(change, as_one):
     assert not as_one
 
 
-def test_a_single_value_is_refused_in_batch_norms_words(as_one):
-    layer = AWConv2d(8, 4, 1)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        layer(torch.randn(1, 8, 4, 4))
+@pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3])
+def test_hidden_channels_that_are_much_alike(spread, as_one, monkeypatch):
+    """In float32: a map that hardly sees what the channels share has a variance that is a small difference."""
+    torch.manual_seed(0)
+    head = AWConv2d(64, 64, 3, share=1, reduction=2).attention
+    head.norm1 = head.relu = nn.Identity()
+    randomise(head.norm2)
+    nn.init.eye_(head.conv1.weight.data[:, :, 0, 0])
+    shared = torch.randn(16, 1, 3, 3)
+    pooled = (shared + spread * torch.randn(16, 64, 3, 3)).contiguous()
+    with torch.no_grad():  # most rows see hardly anything of the shared direction
+        head.conv2.weight -= (1 - spread) * head.conv2.weight.mean(1, keepdim=True)
+    exact = copy.deepcopy(head).double()(pooled.double())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        got = head(pooled)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(as_one) == 2
+    monkeypatch.setattr(attention_head, "_MANY_MAPS", 2**60)
+    apart = (head(pooled) - exact).abs().max()
+    assert (got - exact).abs().max() < 5 * apart + 1e-5
+    assert head.norm2.running_var.min() >= 0
 
 
 def kept(call):
@@ -226,6 +245,60 @@ def test_the_maps_are_kept_once():
     # as the fused kernels read them
     assert attention.shape == (16, 512, 32, 3, 3)
     assert attention.movedim(1, -1).movedim(1, 3).is_contiguous()
+
+
+class Warmer(attention_head.AttentionHead):
+    """A head of one's own, which reads its logits at half their size."""
+
+    def forward(self, pooled):
+        return (self.logits(pooled) / 2).sigmoid()
+
+
+def halved(layer):
+    torch.manual_seed(0)
+    layer.attention.__class__ = Warmer
+
+
+def wrapped(layer):
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+        def forward(self, pooled):
+            return self.inner(pooled) / 2
+
+    layer.attention = Wrapper(layer.attention)
+
+
+def sequential(layer):
+    maps = layer.out_channels * layer.in_channels // layer.share
+    layer.attention = nn.Sequential(nn.Conv2d(layer.in_channels, maps, 1), nn.Sigmoid())
+
+
+def on_the_instance(layer):
+    compute = layer.attention.forward
+    layer.attention.forward = lambda pooled: compute(pooled) / 2
+
+
+@pytest.mark.parametrize("change", [halved, wrapped, sequential, on_the_instance])
+def test_another_head_is_the_one_that_counts(change):
+    torch.manual_seed(0)
+    layer = randomise(AWConv2d(16, 12, 3, padding=1)).eval()
+    image = torch.randn(2, 16, 8, 8)
+    before = layer(image)
+    change(layer)
+    maps = layer.attention(nn.functional.adaptive_avg_pool2d(image, 3)).reshape(2, 12, 1, 3, 3)
+    output = layer(image)
+    torch.testing.assert_close(output, aw_conv2d(image, layer.weight, maps, layer.bias, padding=1))
+    torch.testing.assert_close(layer.attention_maps(image), maps.repeat_interleave(16, dim=2))
+    assert not torch.allclose(output, before, atol=1e-3)
 
 
 def test_few_maps_or_few_values_are_computed_apart(monkeypatch):

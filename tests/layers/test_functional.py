@@ -371,3 +371,22 @@ def test_cuda_agrees_with_the_oracle(backend, groups, share):
             low = aw_conv2d(*(v.float() for v in on_device), 2, 1, 1, groups, backend=backend)
         assert low.dtype == dtype
         assert (low.cpu().double() - expected).norm() / expected.norm() < 2e-2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_gradients_of_channels_last_tensors_with_groups(samples, backend):
+    """One channels_last sample folded into groups has strides by which torch's own convolution errs."""
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((samples, 12, 6, 5), (8, 6, 3, 3), (samples, 8, 2, 3, 3))
+    ]
+    plain = [leaf.clone().requires_grad_() for leaf in leaves]
+    moved = [leaf.to(memory_format=torch.channels_last) for leaf in leaves[:2]] + [leaves[2].clone()]
+    for leaf in moved:
+        leaf.requires_grad_()
+    expected = torch.autograd.grad(aw_conv2d(*plain, None, 1, 1, 1, 2, backend="gemm").square().sum(), plain)
+    got = torch.autograd.grad(aw_conv2d(*moved, None, 1, 1, 1, 2, backend=backend).square().sum(), moved)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -375,12 +375,15 @@ def triton(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("capability", "shared"), [(80, 163), (89, 99)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_kernels_compile_for_gpus_that_are_not_here(triton, dtype, monkeypatch):
+def test_kernels_compile_for_gpus_that_are_not_here(triton, dtype, capability, shared, monkeypatch):
     """The interpreter takes much that a compiler refuses. It also shows that tensor cores are used."""
-    for binary in compile_all(monkeypatch, (16, 64, 14), dtype, 80).values():
-        assert binary.asm["cubin"]
-        assert "mma" in binary.asm["ptx"]
+    for shape in ((16, 64, 14), (256, 128, 28), (256, 512, 7)):
+        for name, binary in compile_all(monkeypatch, shape, dtype, capability).items():
+            assert binary.asm["cubin"]
+            assert "mma" in binary.asm["ptx"]
+            assert binary.metadata.shared <= shared * 2**10, (name, shape)
 
 
 @pytest.mark.slow

@@ -245,10 +245,17 @@ def test_only_what_is_asked_for(wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["3x3", "even and rectangular", "a map wider than a tile", "depthwise"])
-def test_logits(name, dtype):
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(CASES[name] for name in ("3x3", "even and rectangular", "a map wider than a tile", "depthwise")),
+        (5, 32, 32, (2, 2), 2, 16, (4, 3), 1, 1, 1, True),
+        (7, 18, 24, (3, 1), 3, 6, (3, 5), (2, 1), 1, 1, False),
+    ],
+    ids=["3x3", "even and rectangular", "a map wider than a tile", "depthwise", "5 samples", "7 samples"],
+)
+def test_logits(case, dtype):
     """As the attention head makes them: its maps lie in memory with the output channels innermost."""
-    case = CASES[name]
     *_, stride, padding, dilation, residual = case
     arguments, (image, weight, logits, bias) = (stride, padding, dilation, case[4]), problem(*case)
     leaves = [v.clone().requires_grad_() for v in (image, weight, logits, bias)]

@@ -180,7 +180,8 @@ class _Pictures(Dataset[tuple[Any, int]]):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.pictures[index]), self.targets[index]
+        # a copy, since a transform may work in place
+        return self.transform(self.pictures[index].clone()), self.targets[index]
 
 
 class CIFAR100DataModule(CIFAR10DataModule):

@@ -1,5 +1,6 @@
 """Pictures that travel as the bytes of their files, and are decoded on the training device, a batch at a time."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -50,6 +51,7 @@ class EncodedPictures(Dataset[Any]):
 
     def __init__(self, pictures: PictureDataset, seed: int, device: torch.device) -> None:
         self._pictures, self._seed, self._device = pictures, seed, device
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -91,6 +93,13 @@ class EncodedPictures(Dataset[Any]):
         decoded = self._attempt(encoded)
         if decoded is None:  # the decoder does not say which of them it refuses
             decoded = [picture for content in encoded for picture in self._attempt([content]) or [None]]
+            if len(decoded) > 1 and not any(picture is not None for picture in decoded) and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"the JPEG decoder of {self._device.type} refused a whole batch, so that training waits for the "
+                    "CPU to decode it; leave decode_on_device out if that goes on",
+                    stacklevel=2,
+                )
         in_turn = iter(decoded)
         return [next(in_turn) if content.dim() == 1 else content for content in contents]
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from awconv.data.pictures import eight_bits
+from awconv.errors import InputError
 
 
 class ToImage:
-    """Turns a picture, PIL image or tensor (C, H, W), into a tensor of the wanted number of channels.
+    """Turns a picture, PIL image or tensor (C, H, W) or (H, W), into a tensor of the wanted number of channels.
 
     Between grey and RGB it converts; any other number of channels is for the data set to supply.
     """
@@ -36,6 +37,8 @@ class ToImage:
         image: Tensor = picture if isinstance(picture, Tensor) else v2.functional.to_image(picture)
         if type(image) is not Tensor:  # whose operations all take a detour through Python
             image = image.as_subclass(Tensor)
+        if image.dim() == 2:
+            image = image.unsqueeze(0)
         present = image.shape[-3]
         if present == self.channels or not convertible:
             return image
@@ -69,6 +72,11 @@ class ShiftedCrop:
     def __call__(self, image: Tensor) -> Tensor:
         """Gives the crop of an image (..., H, W)."""
         padded = F.pad(image, [self.padding] * 4)
+        if min(padded.shape[-2:]) < self.size:
+            raise InputError(
+                f"a picture of {image.shape[-2]}x{image.shape[-1]} pixels, padded by {self.padding}, has no crop of "
+                f"{self.size}x{self.size}; resize it before"
+            )
         # one call for both: drawing takes as long as cropping
         down, right = (
             int(drawn * (side - self.size + 1))

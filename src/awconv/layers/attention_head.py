@@ -80,10 +80,12 @@ class AttentionHead(nn.Module):
         logits: Tensor = norm(conv(hidden)).unflatten(1, (self.out_channels, self.maps))
         return logits
 
-    @property
-    def sigmoid_can_wait(self) -> bool:
-        """Whether nobody would miss a call of this module, or of its sigmoid."""
-        return type(self.sigmoid) is nn.Sigmoid and not _is_watched(self) and not _is_watched(self.sigmoid)
+    @staticmethod
+    def can_spare_its_sigmoid(head: nn.Module) -> bool:
+        """Whether ``head``, whatever took its place, is such a one, and nobody would miss its call or its sigmoid's."""
+        if type(head) is not AttentionHead or "forward" in vars(head) or type(head.sigmoid) is not nn.Sigmoid:
+            return False
+        return not _is_watched(head) and not _is_watched(head.sigmoid)
 
     def _computed_as_one(self, hidden: Tensor) -> bool:
         parts = (self.conv2, self.norm2)
@@ -94,6 +96,8 @@ class AttentionHead(nn.Module):
         if (type(self.conv2), type(self.norm2)) != (nn.Conv2d, nn.BatchNorm2d) or any(map(_is_watched, parts)):
             return False
         norm: Any = self.norm2
+        if hidden.device.type == "mps":  # which has no float64
+            return False
         conv: Any = self.conv2
         values = hidden.shape[0] * hidden.shape[2] * hidden.shape[3]
         pays = values >= _VALUES_A_WEIGHT * conv.in_channels // conv.groups
@@ -110,11 +114,11 @@ class AttentionHead(nn.Module):
             if norm.training:
                 centre = hidden.to(exact).mean((0, 2, 3), keepdim=True)
                 hidden = hidden - centre  # which the shift of BatchNorm would else have to take out again
-                values = hidden.transpose(0, 1).reshape(groups, channels // groups, -1)
-                covariance = values @ values.mT / values.shape[-1]
-                variance = ((weight @ covariance) * weight).sum(-1).flatten()
-                _track(norm, (weight @ centre.view(groups, -1, 1)).flatten(), variance, values.shape[-1])
-                gain = gain * torch.rsqrt(variance + norm.eps)
+                values = hidden.double().transpose(0, 1).reshape(groups, channels // groups, -1)
+                variance = _Variance.apply(weight, values @ values.mT / values.shape[-1]).flatten()
+                mean = weight.detach().double() @ centre.detach().double().view(groups, -1, 1)
+                _track(norm, mean.flatten(), variance, values.shape[-1])
+                gain = gain * torch.rsqrt(variance + norm.eps).to(exact)
             else:
                 gain = gain * torch.rsqrt(_exactly(norm.running_var, exact) + norm.eps)
                 shift = shift - _exactly(norm.running_mean, exact) * gain
@@ -132,6 +136,30 @@ class AttentionHead(nn.Module):
         if innermost:
             return logits.view(samples, self.maps, self.out_channels, *kernel_size).transpose(1, 2)
         return logits.view(samples, self.out_channels, self.maps, *kernel_size)
+
+
+class _Variance(torch.autograd.Function):
+    """Variance of each row of ``weight`` (..., maps, d) times random columns with ``covariance`` (..., d, d).
+
+    In float64: where the columns' entries are much alike, little is left of what is summed, and the fast products of
+    float32 would leave less than nothing. Nothing of it is kept but the weight, as large as it is.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, covariance: Tensor) -> Tensor:
+        precise = weight.double()
+        return ((precise @ covariance) * precise).sum(-1).clamp_min(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        weight, covariance = ctx.saved_tensors
+        precise = weight.double()
+        scaled = precise * gradient.unsqueeze(-1)
+        return (2 * scaled @ covariance).to(weight.dtype), scaled.mT @ precise
 
 
 @torch.no_grad()

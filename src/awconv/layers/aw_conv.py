@@ -141,11 +141,11 @@ class AWConv2d(nn.Conv2d):
             return self.forward(input.unsqueeze(0)).squeeze(0)
         pooled = self._pool(input)
         compute: Callable[..., Tensor] = aw_conv2d
-        if self.attention.sigmoid_can_wait:
+        if AttentionHead.can_spare_its_sigmoid(self.attention):
             # what takes the sigmoid as it goes need not hold the attention besides the logits
             compute, maps = aw_conv2d_with_logits, self.attention.logits(pooled)
         else:
-            maps = self.attention(pooled)
+            maps = self._compact_attention(pooled)
         padding: _Pair | str = self.padding  # type: ignore[assignment]
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -170,8 +170,7 @@ class AWConv2d(nn.Conv2d):
             input: Shape (N, C1, H, W). As in any forward pass, in training mode the batch's own statistics are used
                 and the head's running statistics are updated.
         """
-        attention: Tensor = self.attention(self._pool(input))
-        return attention.repeat_interleave(self.share, dim=2)
+        return self._compact_attention(self._pool(input)).repeat_interleave(self.share, dim=2)
 
     @torch.no_grad()
     def preserve_function_(self, *tied: "AWConv2d") -> "AWConv2d":
@@ -201,6 +200,13 @@ class AWConv2d(nn.Conv2d):
         pool = _exportable_pool if torch.compiler.is_exporting() else F.adaptive_avg_pool2d
         height, width = self.kernel_size
         return pool(input, (height, width))
+
+    def _compact_attention(self, pooled: Tensor) -> Tensor:
+        """Computes A without repeating shared values: (N, C2, C1 / groups / share, kh, kw)."""
+        attention: Tensor = self.attention(pooled)
+        # a head of one's own may give its maps as channels
+        samples, *_, height, width = attention.shape
+        return attention.reshape(samples, self.out_channels, -1, height, width)
 
     def _silence_attention(self) -> None:
         norm: Any = self.attention.get_submodule("norm2")  # SyncBatchNorm by now, perhaps

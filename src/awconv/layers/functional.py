@@ -204,7 +204,8 @@ def _attended_kernels(weight: Tensor, scale: Tensor) -> Tensor:
 def _grouped(input: Tensor, kernels: Tensor, geometry: _Geometry) -> Tensor:
     """One convolution over N * groups groups, with the batch folded into the channels."""
     batch = input.shape[0]
-    folded = input.reshape(1, -1, *input.shape[2:])
+    # contiguous: with strides as reshaping leaves those of one channels_last sample, torch 2.15 gives wrong gradients
+    folded = input.contiguous().view(1, -1, *input.shape[2:])
     output = F.conv2d(folded, kernels.flatten(0, 1), None, *geometry._replace(groups=batch * geometry.groups))
     return output.view(batch, -1, *output.shape[2:])
 

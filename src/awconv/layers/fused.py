@@ -198,6 +198,7 @@ def _double_backward(
         terms.append((input, weight, along_scale, False))
     by_gradient = sum(fused_aw_conv2d(i, k, a, *geometry, one, False) for i, k, a, one in terms)
     totals: list[Any] = [None, None, None]
+    derived: tuple[Tensor, ...] = ()
     for term in terms:
         *arguments, one = term
         derived = fused_aw_conv2d_backward(gradient, *arguments, *geometry, one, False, True, True)
@@ -207,10 +208,8 @@ def _double_backward(
     if slope is not None:
         totals[2] = None if totals[2] is None else totals[2] * slope
         if ctx.wants_kernel:
-            by_scale = fused_aw_conv2d_backward(
-                gradient, input, weight, attention, *geometry, residual, False, False, True
-            )[2]
-            bend = along_scale * (1 - 2 * attention) * by_scale
+            # the last term's derivative by the scale, which does not depend on the scale
+            bend = along_scale * (1 - 2 * attention) * derived[2]
             totals[2] = bend if totals[2] is None else totals[2] + bend
     return (by_gradient, *totals, *(None for _ in (*ctx.geometry, ctx.wants_input, ctx.wants_kernel)))
 

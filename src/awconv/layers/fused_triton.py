@@ -720,7 +720,7 @@ def _prune(configs: Sequence[triton.Config], named_args: dict[str, Any], **meta:
     def fits(config: triton.Config) -> bool:
         tiles = config.kwargs
         together = tiles.get("SAMPLES", 1)
-        blocks = [tiles.get(block, 16) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
+        blocks = [tiles.get(block, arguments.get(block)) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_K")]
         m, n, k = blocks
         numbers = config.num_stages * (m * k + together * k * n)
         return (
