@@ -1,7 +1,9 @@
 """The benchmark's meters against known answers, and its command line; nothing here asserts how fast anything is."""
 
 import json
+import os
 import re
+import select
 import subprocess
 import sys
 
@@ -153,6 +155,76 @@ def test_replays_of_graphs_are_what_is_timed(monkeypatch):
     assert result["captured"].replayed
     assert result["not capturable"].times == [5.0] * 3
     assert not result["not capturable"].replayed
+
+
+def test_a_slow_kind_does_not_keep_another_one_out(monkeypatch):
+    clock = Clock(monkeypatch)
+    cases = [
+        {name: clock.contender(name, 60.0, 0.1) for name in ("slow", "slow too")},
+        {name: clock.contender(name, 1.0, 0.1) for name in ("fast", "fast too")},
+    ]
+    kinds = ("compiled", "eager")
+    results = benchmark.measure_interleaved(cases, repeats=3, deadline=100.0, kinds=kinds)
+    assert [list(r) for r in results] == [["slow"], ["fast", "fast too"]]
+    # where all are of one kind, nothing is known of what makes one slow
+    assert [list(r) for r in benchmark.measure_interleaved(cases, repeats=3, deadline=100.0)] != results
+
+
+def test_the_first_of_a_kind_is_given_the_time_of_the_slowest_one_of_all(monkeypatch):
+    clock = Clock(monkeypatch)
+    cases = [{"unknown": clock.contender("unknown", 1.0)}, {"slow": clock.contender("slow", 60.0, 0.1)}]
+    results = benchmark.measure_interleaved(cases, repeats=3, deadline=100.0, kinds=("one", "another"))
+    assert [list(r) for r in results] == [[], ["slow"]]
+    assert "unknown" not in clock.visited
+
+
+def test_what_has_nothing_to_be_compared_with_is_not_begun(monkeypatch):
+    clock = Clock(monkeypatch)
+    case = {"plain": clock.contender("plain", 30.0), "other": clock.contender("other", 0.1)}
+    assert benchmark.measure_interleaved([case], repeats=3, deadline=100.0) == [{}]
+    assert "other" not in clock.visited
+
+
+class Graph:
+    """Stands in for ``torch.cuda.graph`` around a capture that breaks off: its end fails too, on its own stream."""
+
+    stream = "before"
+
+    def __init__(self, monkeypatch):
+        for name, value in {
+            "CUDAGraph": lambda: None,
+            "current_stream": lambda: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "graph": lambda graph, pool: self,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def __enter__(self):
+        self.stream = "side"
+
+    def __exit__(self, *error):
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_what_cannot_be_captured_leaves_the_stream_as_it_was(monkeypatch):
+    graph = Graph(monkeypatch)
+
+    def call():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    assert benchmark._captured(call, "pool") is None
+    assert graph.stream == "before"
+
+
+def test_too_little_memory_is_not_taken_for_what_cannot_be_captured(monkeypatch):
+    graph = Graph(monkeypatch)
+
+    def call():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        benchmark._captured(call, "pool")
+    assert graph.stream == "before"
 
 
 def test_one_repeat_has_quartiles():
@@ -383,6 +455,28 @@ def test_what_was_not_reached_is_said_in_the_table(monkeypatch, capsys):
     assert sum(line.count("not reached") for line in lines) == 2
 
 
+def test_a_call_has_no_ratio_to_a_replay(monkeypatch, capsys, tmp_path):
+    measure = benchmark.measure_interleaved
+
+    def with_replays(cases, **options):
+        return [
+            {name: m._replace(replayed=name != "AWConv2d gemm") for name, m in result.items()}
+            for result in measure(cases, **options)
+        ]
+
+    monkeypatch.setattr(benchmark, "measure_interleaved", with_replays)
+    monkeypatch.setattr(benchmark, "RESNET50_SHAPES", ((16, 5),))
+    monkeypatch.setattr(benchmark, "measure_ceilings", lambda *_: benchmark.Ceilings(1e9, 1e9))
+    file = tmp_path / "rows.json"
+    benchmark.main(["layers", "--batch", "1", "--quick", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["contender"] for row in rows if row["ratio"] is None} == {"AWConv2d gemm"}
+    assert all(row["median_ms"] > 0 for row in rows)
+    out = capsys.readouterr().out
+    assert [line.split("|")[5].strip() == "none" for line in out.splitlines() if "| AWConv2d gemm" in line] == [True]
+    assert "ratio: to Conv2d (none: only one of the two is a replay" in out
+
+
 # --- everything, within a number of minutes -------------------------------------------------------------------------
 
 
@@ -460,13 +554,22 @@ def test_a_part_that_lacks_a_package_is_left_out_and_said(all_in_this_process, t
 def test_each_part_is_a_process_and_all_go_on_whatever_one_does(tmp_path, monkeypatch):
     seen = []
 
-    def run(command, *, env, timeout, check):
-        seen.append((command[3], env.get("AWCONV_AUTOTUNE")))
-        if len(seen) == 1:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, 3 if len(seen) == 2 else 0)
+    class Process:
+        pid = 12345678
 
-    monkeypatch.setattr(benchmark.subprocess, "run", run)
+        def __init__(self, command, *, env, start_new_session):
+            assert start_new_session
+            seen.append((command[3], env.get("AWCONV_AUTOTUNE")))
+            self.place = len(seen)
+
+        def wait(self, timeout=None):
+            if self.place == 1 and timeout is not None:
+                raise subprocess.TimeoutExpired("command", timeout)
+            return 3 if self.place == 2 else 0
+
+    killed = []
+    monkeypatch.setattr(benchmark.subprocess, "Popen", Process)
+    monkeypatch.setattr(benchmark.os, "killpg", lambda group, signal: killed.append(group))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("AWCONV_AUTOTUNE", raising=False)
     with pytest.raises(SystemExit):
@@ -474,6 +577,24 @@ def test_each_part_is_a_process_and_all_go_on_whatever_one_does(tmp_path, monkey
     assert [name for name, tuned in seen if tuned == "1"] == ["layers", "check"]
     outcomes = [part["outcome"] for part in json.loads((tmp_path / "new" / "all.json").read_text())["parts"]]
     assert outcomes[:3] == ["ended at its limit", "failed with exit code 3", "done"]
+    assert killed == [Process.pid]
+
+
+def test_what_a_part_started_ends_with_it(tmp_path, monkeypatch):
+    """A pipe is at its end when nobody can write into it any more."""
+    pipe, program = tmp_path / "pipe", tmp_path / "program"
+    os.mkfifo(pipe)
+    program.write_text(f"#!/bin/sh\n(echo begun; exec sleep 60) > {pipe} &\nwait\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(benchmark.sys, "executable", str(program))
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert benchmark._run_part([], {}, 1.0) == "ended at its limit"
+        assert os.read(reader, 100) == b"begun\n"
+        assert select.select([reader], [], [], 30)[0], "a process still holds the pipe"
+        assert os.read(reader, 100) == b""
+    finally:
+        os.close(reader)
 
 
 def test_all_writes_into_no_existing_folder(tmp_path, capsys):

@@ -66,6 +66,45 @@ def test_records_are_rates_of_what_was_delivered():
     assert len({row["pipeline"] for row in rows}) == 6
 
 
+@pytest.mark.parametrize(("left_out", "without"), [(PIPELINES[4], 1), (PIPELINES[3], 3)])
+def test_pipelines_that_are_not_reached_are_told_and_not_run(monkeypatch, left_out, without):
+    """Without torchvision's pipeline there is nothing to compare the others of its data with."""
+    place, ran = PIPELINES.index(left_out) - 3, []
+    draw = loader_benchmark._pass
+    monkeypatch.setattr(
+        loader_benchmark, "_pass", lambda loader, device: lambda: ran.append(1) or draw(loader, device)()
+    )
+
+    def measure(cases, **options):
+        assert options["deadline"] == 7.0
+        names = [[name for i, name in enumerate(case) if (k, i) != (1, place)] for k, case in enumerate(cases)]
+        for case, kept in zip(cases, names, strict=True):
+            for name in kept:
+                case[name]()
+        return [{name: benchmark.Measurement([2.0] * 3, 0) for name in kept} for kept in names]
+
+    monkeypatch.setattr(loader_benchmark, "measure_interleaved", measure)
+    rows = benchmark_loaders(None, device="cpu", batch=2, workers=1, repeats=3, deadline=7.0)
+    assert len(ran) == 5
+    assert [(row["data"], row["pipeline"]) for row in rows] == PIPELINES
+    assert [row["pictures_per_second"] for row in rows].count(None) == without
+    assert rows[place + 3]["pictures_per_second"] is None
+    assert [row["pictures_per_second"] for row in rows[:3]] == [8.0] * 3
+    table = loader_benchmark.loaders_table(rows).splitlines()
+    assert sum(line.count("not reached") for line in table) == without
+
+
+def test_no_time_at_all_runs_no_pipeline(monkeypatch, capsys):
+    monkeypatch.setattr(loader_benchmark, "_pass", lambda loader, device: pytest.fail)
+    rows = benchmark_loaders(None, device="cpu", batch=2, workers=1, repeats=3, deadline=0.0)
+    assert [row["pictures_per_second"] for row in rows] == [None] * 6
+    monkeypatch.setattr(loader_benchmark, "benchmark_loaders", lambda *_, **__: rows)
+    benchmark.main(["loader", "--batch", "2"])
+    out = capsys.readouterr().out
+    assert out.count("not reached") == 6
+    assert "of no interleaved passes" in out
+
+
 def test_drawn_pictures_are_about_as_large_as_those_of_imagenet():
     with loader_benchmark._folder_of_pictures(None, 70, 1) as folder:
         paths = sorted(folder.rglob("*.jpg"))

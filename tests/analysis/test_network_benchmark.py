@@ -70,6 +70,50 @@ def test_compiled_networks_are_measured_beside_eager_ones(small, monkeypatch):
     assert compiled == ["ResNet"] * 4
 
 
+def test_eager_networks_do_not_wait_for_a_compiler(small, monkeypatch):
+    """A contender's name, and not its place, says what it is."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    now, begun = [0.0], []
+    monkeypatch.setattr(benchmark, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark, "peak_memory", lambda call, device: 1)
+    measure, kinds = network_benchmark.measure_interleaved, []
+
+    def timed(cases, **options):
+        kinds.extend(options["kinds"])
+
+        def contender(kind, name):
+            # the first call compiles: a step of training for 40 s, inference for 15 s
+            left = [{"compiled forward": 15.0, "compiled forward+backward": 40.0}.get(kind, 1.0)]
+
+            def call():
+                begun.append((kind, name))
+                now[0] += left.pop() if left else 0.01
+
+            return call
+
+        fakes = [{name: contender(kind, name) for name in case} for kind, case in zip(kinds, cases, strict=True)]
+        return measure(fakes, **options)
+
+    monkeypatch.setattr(network_benchmark, "measure_interleaved", timed)
+    rows = benchmark_networks(
+        device="cpu", batch=2, size=32, dtype=torch.float32, repeats=3, compiled=True, deadline=120.0
+    )
+    modes = [(row["mode"], row["pass"], row["network"]) for row in rows]
+    assert modes == [
+        (mode, name, network)
+        for mode in ("eager", "compiled")
+        for name in benchmark.PASSES
+        for network in ("resnet18", "aw_resnet18")
+    ]
+    assert [kind for kind, _ in dict.fromkeys(begun)][:4] == [
+        "eager forward+backward", "eager forward", "compiled forward+backward", "compiled forward",
+    ]  # fmt: skip
+    # a second step of training would perhaps be compiled for 80 s, which are not left; inference has 30 s
+    reached = [(row["mode"], row["pass"]) for row in rows if row["median_ms"] and row["network"] == "aw_resnet18"]
+    assert reached == [("eager", "forward"), ("eager", "forward+backward"), ("compiled", "forward")]
+    assert now[0] <= 120
+
+
 def test_the_command_prints_a_table_and_writes_the_records(small, tmp_path, capsys):
     file = tmp_path / "rows.json"
     benchmark.main(["network", "--repeats", "1", "--batch", "2", "--size", "32", "--json", str(file)])

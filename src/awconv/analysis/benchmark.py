@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,6 +107,7 @@ def measure_interleaved(
     meter_memory: bool = True,
     replay: bool = False,
     deadline: float = math.inf,
+    kinds: Sequence[str] | None = None,
 ) -> list[dict[str, Measurement]]:
     """Times contenders side by side: every repeat visits every contender of every case.
 
@@ -115,10 +117,11 @@ def measure_interleaved(
 
     Contenders are warmed up in the order of their importance: the first ones of all cases, last case first, then the
     second ones. One is left out where, before ``deadline``, it could not be warmed up (it is given twice the time of
-    the slowest one so far) and visited 3 times with all others; then repeats are made as long as there is time.
+    the slowest one of its kind so far, the first of a kind that of the slowest one of all) and visited 3 times with all
+    others, or where the first one of its case was; then repeats are made as long as there is time.
 
     Args:
-        cases: Each maps the names of contenders that are compared with each other to calls without arguments.
+        cases: Each maps the names of contenders that are compared with the first one to calls without arguments.
         repeats: Number of visits to each contender, at least 1.
         device: ``"cpu"`` or ``"cuda"``: where the calls compute.
         seed: Of the order of the visits.
@@ -126,6 +129,7 @@ def measure_interleaved(
         replay: Whether calls on CUDA are captured in graphs, whose replays are timed. Python takes longer to launch the
             kernels of a small layer than a GPU to compute them. What cannot be captured is called.
         deadline: Value of ``time.perf_counter`` at which there should be an end.
+        kinds: For each case, a name of those whose warm-ups take about as long; None where all do.
 
     Returns:
         For each case, a measurement under each contender's name; without those that were left out.
@@ -137,11 +141,15 @@ def measure_interleaved(
     peaks: dict[tuple[int, str], int] = {}
     times: dict[tuple[int, str], list[float]] = {}
     replayed: dict[tuple[int, str], bool] = {}
-    a_round = longest = 0.0
+    longest: dict[str, float] = {}
+    a_round = 0.0
     for index, name in _by_importance(cases):
+        kind = "" if kinds is None else kinds[index]
+        wanted = 2 * longest[kind] if kind in longest else max(longest.values(), default=0.0)
+        first = next(iter(cases[index]))
         start = perf_counter()
-        if start + 2 * longest + least * a_round >= deadline:
-            break
+        if start + wanted + least * a_round >= deadline or (name != first and (index, first) not in calls):
+            continue
         call = cases[index][name]
         _time(call, 1, device)
         seconds = _time(call, 1, device)
@@ -153,10 +161,16 @@ def measure_interleaved(
         now = perf_counter()
         if now + least * (a_round + number * seconds) >= deadline:
             continue
-        longest = max(longest, now - start)
+        longest[kind] = max(longest.get(kind, 0.0), now - start)
         a_round += number * seconds
         key = index, name
-        calls[key], calls_a_visit[key], peaks[key], times[key], replayed[key] = call, number, peak, [], bool(graph)
+        calls[key], calls_a_visit[key], peaks[key], times[key], replayed[key] = (
+            call,
+            number,
+            peak,
+            [],
+            graph is not None,
+        )
     order = random.Random(seed)
     for repeat in range(repeats):
         if repeat >= least and perf_counter() + a_round >= deadline:
@@ -276,9 +290,10 @@ def benchmark_layers(
     Returns:
         One record for each shape, pass and contender that was reached: ``channels``, ``size`` (pixels), ``pass``,
         ``contender``, ``median_ms`` and ``quartiles_ms`` a call, ``ratio`` (the median over that of the plain
-        convolution), ``peak_memory`` (bytes beyond input and parameters), ``flops`` and ``bytes`` (what the convolution
-        cannot do without, its attention maps included but not the head that makes them), ``replayed`` (whether from a
-        CUDA graph), and ``times_ms``, one for each repeat; the median is None for what ``deadline`` left out.
+        convolution; None where only one of the two is a replay), ``peak_memory`` (bytes beyond input and parameters),
+        ``flops`` and ``bytes`` (what the convolution cannot do without, its attention maps included but not the head
+        that makes them), ``replayed`` (whether from a CUDA graph), and ``times_ms``, one for each repeat; the median is
+        None for what ``deadline`` left out.
     """
     torch.manual_seed(0)
     keys: list[dict[str, Any]] = []
@@ -301,12 +316,14 @@ def benchmark_layers(
             row: dict[str, Any] = {**key, "contender": contender, "median_ms": None}
             rows.append(row)
             if contender in results and _BASELINE in results:
-                result = results[contender]
+                result, baseline = results[contender], results[_BASELINE]
                 first, median, third = result.quartiles
+                # Python's time to launch, which only a call includes, is no property of a layer
+                comparable = result.replayed == baseline.replayed
                 row |= {
                     "median_ms": 1e3 * median,
                     "quartiles_ms": [1e3 * first, 1e3 * third],
-                    "ratio": median / results[_BASELINE].quartiles[1],
+                    "ratio": median / baseline.quartiles[1] if comparable else None,
                     "peak_memory": result.peak_memory,
                     **_least_work(key["channels"], key["size"], key["pass"], contender, batch, dtype.itemsize),
                     "replayed": result.replayed,
@@ -341,7 +358,7 @@ def layers_table(rows: Sequence[Mapping[str, Any]]) -> str:
         cells += [
             f"{row['median_ms']:.2f} ({low:.2f}-{high:.2f})",
             f"{row['floor_ms']:.2f}",
-            f"{row['ratio']:.2f}",
+            "none" if row["ratio"] is None else f"{row['ratio']:.2f}",
             f"{row['peak_memory'] / MIB:.1f}",
         ]
     return aligned_table(head, list(lines.values()), left=2)
@@ -423,8 +440,10 @@ def _layers(options: argparse.Namespace) -> None:
         frozenset([True]): ", replayed from CUDA graphs",
         frozenset([True, False]): ", some replayed from CUDA graphs",
     }
+    incomparable = any(row["median_ms"] is not None and row["ratio"] is None for row in rows)
+    none = " (none: only one of the two is a replay, the other is called from Python)" if incomparable else ""
     print(
-        f"\nTime a call: {_repeated(rows)}{how.get(frozenset(replayed), '')}. ratio: to {_BASELINE}. "
+        f"\nTime a call: {_repeated(rows)}{how.get(frozenset(replayed), '')}. ratio: to {_BASELINE}{none}. "
         "MiB: peak memory of a call, beyond input and parameters.\n"
         "floor, ms: what the convolution alone, with its maps given, would take at the rates of a large matrix product "
         f"and a large copy, here {ceilings.flops / 1e9:.0f} GFLOP/s and {ceilings.bandwidth / 1e9:.1f} GB/s."
@@ -480,46 +499,65 @@ def _loader(options: argparse.Namespace) -> None:
         options.root, device=device, batch=batch, workers=workers, repeats=repeats, deadline=options.deadline
     )
     print(loaders_table(rows))
-    made = sorted({len(row["times_ms"]) for row in rows})
+    made = sorted({len(row["times_ms"]) for row in rows if row["pictures_per_second"] is not None})
     print(
         f"\nPictures a second in batches on the device, {workers} worker processes: median (quartiles) of "
-        f"{', '.join(map(str, made))} interleaved passes. ratio: to torchvision's."
+        f"{', '.join(map(str, made)) or 'no'} interleaved passes. ratio: to torchvision's."
     )
     _end(options, {"benchmark": "loader", **record, "rows": rows})
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Compare the fused kernels with float64 on the convolutions of ResNet-50; exit code 1 where an error is large."""
+    """Compare the fused kernels with float64 on the convolutions of ResNet-50; exit code 1 where an error is large.
+
+    The record is written after every shape, so that what ends this early leaves those before. Where there was no time
+    for any shape the exit code is 1 too.
+    """
     from awconv.analysis.layer_checks import check_numerics, errors_table
 
     device, batch, _, record = _begin(options, {"cpu": 2, "cuda": 16}, memory_format=memory_format_of(options.device))
     with _blaming_the_batch(batch, device):
-        rows = check_numerics(RESNET50_SHAPES, device=device, batch=batch, deadline=options.deadline)
+        rows = check_numerics(
+            RESNET50_SHAPES,
+            device=device,
+            batch=batch,
+            deadline=options.deadline,
+            report=lambda rows: _end(options, {"benchmark": "check", **record, "rows": rows}),
+        )
     print(errors_table(rows))
     print(
         "\nRelative errors in the norm, of the same numbers in float64 through backend gemm; bound: what is taken for "
         "rounding."
     )
-    _end(options, {"benchmark": "check", **record, "rows": rows})
-    if not all(row["ok"] for row in rows):
+    verdicts = [row["ok"] for row in rows if row["ok"] is not None]
+    if not verdicts:
+        raise SystemExit("nothing was checked: there was no time for any shape; give more --minutes")
+    if not all(verdicts):
         raise SystemExit(1)
 
 
 def _profile(options: argparse.Namespace) -> None:
-    """Count what AWConv2d launches on the convolutions of ResNet-50, and list its kernels (on a CPU: its operators)."""
+    """Count what AWConv2d launches on the convolutions of ResNet-50, and list its kernels (on a CPU: its operators).
+
+    The record is written after every shape, so that what ends this early leaves those before.
+    """
     from awconv.analysis.layer_checks import launches_table, profile_layers, slowest_table
 
     device, batch, _, record = _begin(options, {"cpu": 2, "cuda": 256}, memory_format=memory_format_of(options.device))
     with _blaming_the_batch(batch, device):
         rows = profile_layers(
-            RESNET50_SHAPES, device=device, batch=batch, dtype=_DTYPES[options.dtype], deadline=options.deadline
+            RESNET50_SHAPES,
+            device=device,
+            batch=batch,
+            dtype=_DTYPES[options.dtype],
+            deadline=options.deadline,
+            report=lambda rows: _end(options, {"benchmark": "profile", **record, "rows": rows}),
         )
     what = (
         "kernels, copies and fills on the GPU" if device == "cuda" else "operators of torch that compute by themselves"
     )
-    print(f"{launches_table(rows)}\n\nLaunches: {what}. convolution: aw_conv2d with its maps given.\n")
+    print(f"{launches_table(rows)}\n\nLaunches: {what}. convolution: with the head's logits given.\n")
     print(slowest_table(rows))
-    _end(options, {"benchmark": "profile", **record, "rows": rows})
 
 
 # What `all` runs, in this order: the name of the record; its part of the time, of what is left when its turn comes; the
@@ -574,16 +612,21 @@ def _all(options: argparse.Namespace) -> None:
 
 def _run_part(command: list[str], environment: Mapping[str, str], seconds: float) -> str:
     """Runs one of this module's commands in a process of its own; says how it ended."""
+    # a group of its own: what it started, a loader's workers or a compiler's, has to end with it
+    process = subprocess.Popen(
+        [sys.executable, "-m", "awconv.analysis.benchmark", *command],
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "awconv.analysis.benchmark", *command],
-            env={**os.environ, **environment},
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+        code = process.wait(seconds)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise  # an interrupt from the keyboard, say, which reaches this process alone
         return "ended at its limit"
-    return "done" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+    return "done" if code == 0 else f"failed with exit code {code}"
 
 
 def _draw(options: argparse.Namespace) -> None:
@@ -601,7 +644,7 @@ def _draw(options: argparse.Namespace) -> None:
         picture = draw_layers(record)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"{options.record}: lacks what is drawn ({type(error).__name__}: {error})") from None
-    _write_new_file("--out", options.out, picture)
+    _write_file("--out", options.out, picture)
 
 
 def _begin(
@@ -639,8 +682,11 @@ def memory_format_of(device: str) -> str:
 
 
 def _end(options: argparse.Namespace, record: Mapping[str, Any]) -> None:
+    """Writes the record, if one is wanted: into a new file, or, where this run has written it before, over that."""
     if options.json is not None:
-        _write_new_file("--json", options.json, (json.dumps(record, indent=1) + "\n").encode())
+        content = (json.dumps(record, indent=1) + "\n").encode()
+        _write_file("--json", options.json, content, new=not getattr(options, "written", False))
+        options.written = True
 
 
 @contextmanager
@@ -711,13 +757,22 @@ def _by_importance(cases: Sequence[Mapping[str, Call]]) -> list[tuple[int, str]]
 def _captured(call: Call, pool: Any) -> Call | None:
     """Captures ``call`` in a CUDA graph, if it can be; all graphs take turns with the memory of ``pool``."""
     graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool):
             call()
         graph.replay()
         torch.cuda.synchronize()
-    except RuntimeError:
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # the end of a capture that broke off fails by itself, and hides why
+        if isinstance(error.__context__, torch.OutOfMemoryError):
+            raise error.__context__ from None
         return None
+    finally:
+        # which torch does not do where the end of the capture fails
+        torch.cuda.set_stream(stream)
     return graph.replay
 
 
@@ -792,9 +847,9 @@ def _check_new_file(argument: str, path: Path) -> None:
         raise InputError(f"{argument} {path}: there is no folder {path.parent}; make it first")
 
 
-def _write_new_file(argument: str, path: Path, content: bytes) -> None:
+def _write_file(argument: str, path: Path, content: bytes, *, new: bool = True) -> None:
     try:
-        with path.open("xb") as file:
+        with path.open("xb" if new else "wb") as file:
             file.write(content)
     except OSError as error:
         raise InputError(f"{argument} {path}: cannot be written ({error.strerror}); name a new file") from None

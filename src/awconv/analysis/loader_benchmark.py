@@ -50,12 +50,12 @@ def benchmark_loaders(
         batch: Pictures a batch.
         workers: Worker processes of each pipeline; 0 loads in the process itself.
         repeats: Timed passes of each pipeline.
-        deadline: See :func:`awconv.analysis.benchmark.measure_interleaved`; what it leaves out has no record.
+        deadline: See :func:`awconv.analysis.benchmark.measure_interleaved`; what it leaves out has no rate.
 
     Returns:
-        One record for each pipeline: ``data``, ``pipeline``, ``pictures`` (in a pass), ``pictures_per_second`` (the
-        median), ``quartiles_per_second``, ``ratio`` (to torchvision's pipeline of the same data) and ``times_ms`` of
-        each pass.
+        One record for each pipeline: ``data``, ``pipeline``, ``pictures_per_second`` (the median; None for what
+        ``deadline`` left out, and for what there is nothing to compare with), ``pictures`` (in a pass),
+        ``quartiles_per_second``, ``ratio`` (to torchvision's pipeline of the same data) and ``times_ms`` of each pass.
     """
     pictures = batch * _BATCHES_A_WORKER * max(workers, 2)
     rows = []
@@ -65,26 +65,27 @@ def benchmark_loaders(
             f"JPEG to {_SIZE}x{_SIZE}": _class_folders(folder, trainer, options),
             "CIFAR-10": _cifar10(trainer, options),
         }
-        calls = [{name: _pass(loader, device) for name, loader in loaders.items()} for loaders in cases.values()]
-        delivered = [{name: call() for name, call in case.items()} for case in calls]
+        delivered: list[dict[str, int]] = [{} for _ in cases]
+        calls = [
+            {name: _counting(_pass(loader, device), counts, name) for name, loader in loaders.items()}
+            for loaders, counts in zip(cases.values(), delivered, strict=True)
+        ]
         results = measure_interleaved(calls, repeats=repeats, device=device, meter_memory=False, deadline=deadline)
-    for data, counts, result in zip(cases, delivered, results, strict=True):
+    for (data, loaders), counts, result in zip(cases.items(), delivered, results, strict=True):
         per_second = {name: counts[name] / measured.quartiles[1] for name, measured in result.items()}
-        for name, measured in result.items():
-            if next(iter(counts)) not in result:
-                break  # nothing to compare with
-            first, _, third = measured.quartiles
-            rows.append(
-                {
-                    "data": data,
-                    "pipeline": name,
+        theirs = per_second.get(next(iter(loaders)))
+        for name in loaders:
+            row: dict[str, Any] = {"data": data, "pipeline": name, "pictures_per_second": None}
+            rows.append(row)
+            if name in result and theirs is not None:
+                first, _, third = result[name].quartiles
+                row |= {
                     "pictures": counts[name],
                     "pictures_per_second": per_second[name],
                     "quartiles_per_second": [counts[name] / third, counts[name] / first],
-                    "ratio": per_second[name] / next(iter(per_second.values())),
-                    "times_ms": [1e3 * t for t in measured.times],
+                    "ratio": per_second[name] / theirs,
+                    "times_ms": [1e3 * t for t in result[name].times],
                 }
-            )
     return rows
 
 
@@ -92,6 +93,9 @@ def loaders_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Lays the records of :func:`benchmark_loaders` out as an aligned Markdown table."""
     body = []
     for row in rows:
+        if row["pictures_per_second"] is None:
+            body.append([row["data"], row["pipeline"], "not reached", ""])
+            continue
         low, high = row["quartiles_per_second"]
         rate = f"{row['pictures_per_second']:,.0f} ({low:,.0f}-{high:,.0f})"
         body.append([row["data"], row["pipeline"], rate, f"{row['ratio']:.2f}"])
@@ -172,6 +176,15 @@ def _pass(loader: Any, device: str) -> Callable[[], int]:
         return pictures
 
     return call
+
+
+def _counting(call: Callable[[], int], counts: dict[str, int], name: str) -> Callable[[], None]:
+    """The same call, which notes what it delivered: as much in every pass."""
+
+    def counting() -> None:
+        counts[name] = call()
+
+    return counting
 
 
 @contextmanager

@@ -66,7 +66,8 @@ def benchmark_networks(
     labels = torch.randint(_CLASSES, (batch,), device=device)
     parameters: dict[str, int] = {}
     keys, cases = [], []
-    for mode in ("eager", "compiled") if compiled else ("eager",):
+    # Last cases are warmed up first: eager ones, which take seconds, do not wait for a compiler.
+    for mode in ("compiled", "eager") if compiled else ("eager",):
         for name in PASSES:
             calls: dict[str, Call] = {}
             for network_name, options in NETWORKS.items():
@@ -81,9 +82,17 @@ def benchmark_networks(
     # every network is compiled from the code of one class, and what is beyond the limit would silently run eagerly
     limit = torch._dynamo.config.patch(recompile_limit=64) if compiled else nullcontext()
     with limit:
-        measured = measure_interleaved(cases, repeats=repeats, device=device, deadline=deadline)
+        # a compiler takes minutes, and for a step of training twice as long: neither foretells the others' warm-ups
+        measured = measure_interleaved(
+            cases,
+            repeats=repeats,
+            device=device,
+            deadline=deadline,
+            kinds=[f"{key['mode']} {key['pass']}" for key in keys],
+        )
     rows = []
-    for key, results in zip(keys, measured, strict=True):
+    # eager ones first; the sort leaves the passes of a mode in order
+    for key, results in sorted(zip(keys, measured, strict=True), key=lambda pair: pair[0]["mode"] != "eager"):
         plain = results.get(next(iter(NETWORKS)))
         for network_name in NETWORKS:
             row: dict[str, Any] = {
