@@ -24,12 +24,12 @@ def draw_layers(record: Mapping[str, Any]) -> bytes:
     """Draws time and peak memory of forward and backward as multiples of the plain convolution's.
 
     Args:
-        record: What the benchmark of the layers wrote. What its time limit left out is not drawn.
+        record: What the benchmark of the layers wrote. What has no ratio there, since a time limit left it out or it was measured in another way, is not drawn.
 
     Returns:
         A PNG.
     """
-    rows = [row for row in record["rows"] if row["pass"] == _PASS and row["median_ms"] is not None]
+    rows = [row for row in record["rows"] if row["pass"] == _PASS and row.get("ratio") is not None]
     shapes = list(dict.fromkeys((row["channels"], row["size"]) for row in rows))
     contenders = [name for name in _COLOURS if any(row["contender"] == name for row in rows)]
     by_key = {(row["channels"], row["size"], row["contender"]): row for row in rows}

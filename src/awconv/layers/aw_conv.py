@@ -205,8 +205,8 @@ class AWConv2d(nn.Conv2d):
         """Computes A without repeating shared values: (N, C2, C1 / groups / share, kh, kw)."""
         attention: Tensor = self.attention(pooled)
         # a head of one's own may give its maps as channels
-        samples, *_, height, width = attention.shape
-        return attention.reshape(samples, self.out_channels, -1, height, width)
+        maps = self.in_channels // self.groups // self.share
+        return attention.reshape(len(attention), self.out_channels, maps, *self.kernel_size)
 
     def _silence_attention(self) -> None:
         norm: Any = self.attention.get_submodule("norm2")  # SyncBatchNorm by now, perhaps
