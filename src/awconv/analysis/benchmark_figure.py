@@ -24,7 +24,8 @@ def draw_layers(record: Mapping[str, Any]) -> bytes:
     """Draws time and peak memory of forward and backward as multiples of the plain convolution's.
 
     Args:
-        record: What the benchmark of the layers wrote. What has no ratio there, since a time limit left it out or it was measured in another way, is not drawn.
+        record: What the benchmark of the layers wrote. What has no ratio there, since a time limit left it out or it
+            was measured in another way, is not drawn.
 
     Returns:
         A PNG.
