@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from awconv.analysis import benchmark, loader_benchmark
+from awconv.analysis import benchmark, loader_benchmark, measurement
 from awconv.analysis.loader_benchmark import benchmark_loaders
 from awconv.errors import InputError
 from miniature import make_class_folders
@@ -81,7 +81,7 @@ def test_pipelines_that_are_not_reached_are_told_and_not_run(monkeypatch, left_o
         for case, kept in zip(cases, names, strict=True):
             for name in kept:
                 case[name]()
-        return [{name: benchmark.Measurement([2.0] * 3, 0) for name in kept} for kept in names]
+        return [{name: measurement.Measurement([2.0] * 3, 0) for name in kept} for kept in names]
 
     monkeypatch.setattr(loader_benchmark, "measure_interleaved", measure)
     rows = benchmark_loaders(None, device="cpu", batch=2, workers=1, repeats=3, deadline=7.0)

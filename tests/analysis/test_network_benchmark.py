@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from awconv.analysis import benchmark, network_benchmark
+from awconv.analysis import benchmark, measurement, network_benchmark
 from awconv.analysis.network_benchmark import NETWORKS, benchmark_networks
 from awconv.layers import AWConv2d
 from awconv.models import create_backbone
@@ -74,8 +74,8 @@ def test_eager_networks_do_not_wait_for_a_compiler(small, monkeypatch):
     """A contender's name, and not its place, says what it is."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
     now, begun = [0.0], []
-    monkeypatch.setattr(benchmark, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(benchmark, "peak_memory", lambda call, device: 1)
+    monkeypatch.setattr(measurement, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measurement, "peak_memory", lambda call, device: 1)
     measure, kinds = network_benchmark.measure_interleaved, []
 
     def timed(cases, **options):
@@ -102,7 +102,7 @@ def test_eager_networks_do_not_wait_for_a_compiler(small, monkeypatch):
     assert modes == [
         (mode, name, network)
         for mode in ("eager", "compiled")
-        for name in benchmark.PASSES
+        for name in measurement.PASSES
         for network in ("resnet18", "aw_resnet18")
     ]
     assert [kind for kind, _ in dict.fromkeys(begun)][:4] == [

@@ -19,7 +19,7 @@ from oracle import unfolded_aw_conv
 from torch._subclasses import FakeTensorMode
 from torch.torch_version import TorchVersion
 
-from awconv.analysis.benchmark import peak_memory
+from awconv.analysis.measurement import peak_memory
 from awconv.layers import AWConv2d, aw_conv2d, aw_conv2d_with_logits, functional, fused, fused_cpu
 
 

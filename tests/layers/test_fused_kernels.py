@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle import unfolded_aw_conv
 
-from awconv.analysis.benchmark import peak_memory
+from awconv.analysis.measurement import peak_memory
 from awconv.layers import AWConv2d, aw_conv2d, aw_conv2d_with_logits, fused
 
 CUDA = torch.cuda.is_available()

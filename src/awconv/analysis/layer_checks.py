@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awconv.analysis.benchmark import PASSES, Call, memory_format_of
 from awconv.analysis.command import aligned_table
+from awconv.analysis.measurement import PASSES, Call, memory_format_of
 from awconv.layers import AWConv2d, aw_conv2d, aw_conv2d_with_logits
 
 # How float32 is multiplied, and the relative error in the norm that is taken for rounding: of sums of some thousand

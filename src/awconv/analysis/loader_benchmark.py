@@ -19,8 +19,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from awconv.analysis.benchmark import measure_interleaved
 from awconv.analysis.command import aligned_table
+from awconv.analysis.measurement import measure_interleaved
 from awconv.data import CIFAR10DataModule, ClassificationDataModule, ImageNetDataModule
 from awconv.data.base import BaseDataModule, Transform
 from awconv.errors import InputError

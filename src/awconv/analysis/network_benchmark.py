@@ -13,8 +13,8 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awconv.analysis.benchmark import MIB, PASSES, Call, measure_interleaved, memory_format_of
 from awconv.analysis.command import aligned_table
+from awconv.analysis.measurement import MIB, PASSES, Call, measure_interleaved, memory_format_of
 
 # what create_backbone is given; the first one is what the others are compared with
 NETWORKS: dict[str, dict[str, Any]] = {
