@@ -1,6 +1,7 @@
 """Fixtures that every room's tests share: miniature data sets on disk (see miniature.py)."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -105,3 +106,27 @@ def finish_wandb() -> None:
     """Ends the run in progress; one that outlives the service behind it would make all that follow fail."""
     if wandb.run is not None:
         wandb.finish()
+
+
+@pytest.fixture
+def resumes_inside_an_epoch(cli, tmp_path: Path):
+    """Fits with some options, whole, and told to end after 9 steps and resumed: both must end in the same weights."""
+
+    def check(*options: str) -> None:
+        options = (*options, "--trainer.enable_progress_bar=false")
+        code, _, err = cli("fit", *options, f"--run_dir={tmp_path / 'whole'}")
+        assert code == 0, err
+        preempted = ["--trainer.callbacks+=test_survival.SignalAt", "--trainer.callbacks.step=9"]
+        preempted.append(f"--trainer.callbacks.number={int(signal.SIGTERM)}")
+        code, _, err = cli("fit", *options, *preempted, f"--run_dir={tmp_path / 'run'}")
+        assert code == 75, err
+        code, _, err = cli("fit", f"--resume={tmp_path / 'run'}", "--trainer.callbacks=null")
+        assert code == 0, err
+        whole, resumed = (
+            torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+            for name in ("whole", "run")
+        )
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+    return check

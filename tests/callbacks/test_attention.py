@@ -1047,3 +1047,15 @@ def test_names_of_classes_are_the_tasks_and_labels_are_checked():
         draw_attention_neighbours(Task(), pictures(2), labels=[0, 3])
     with pytest.raises(InputError, match="images holds one picture"):
         draw_attention_neighbours(Task(), pictures(1))
+
+
+def test_a_head_that_gives_its_maps_as_channels_is_heard():
+    """As a head of one's own may, which the layer takes too."""
+    torch.manual_seed(0)
+    layer = AWConv2d(8, 6, 3, padding=1, share=4)
+    layer.attention = nn.Sequential(nn.Conv2d(8, 12, 1), nn.Sigmoid())
+    network = nn.Sequential(layer).eval()
+    images = torch.randn(3, 8, 5, 5)
+    (maps,) = collect_attention(network, images).values()
+    assert maps.shape == (3, 6, 2, 3, 3)
+    torch.testing.assert_close(maps.repeat_interleave(4, dim=2), layer.attention_maps(images).detach())

@@ -1,6 +1,5 @@
 """Pictures decoded on the training device: the same batches as where workers decode, whatever the process or file."""
 
-import signal
 import warnings
 from types import SimpleNamespace
 
@@ -144,26 +143,12 @@ def test_overfit_batches_are_the_same_every_epoch(imagenet_root, tmp_path):
     assert all(torch.equal(found[1][step][0], found[1][step + 2][0]) for step in range(2))
 
 
-def test_a_run_is_resumed_inside_an_epoch(cli, imagenet_root, tmp_path):
+def test_a_run_is_resumed_inside_an_epoch(resumes_inside_an_epoch, imagenet_root):
     """The same weights as uninterrupted: the pictures that are left come as they would have."""
     options = ["-c", "configs/recipes/imagenet.yaml", "--model.backbone=resnet20", "--model.stem=cifar"]
     options += [f"--data.root={imagenet_root}", "--data.decode_on_device=true", "--data.image_size=16"]
     options += ["--data.batch_size=2", "--data.num_workers=1", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
-    options += ["--trainer.enable_progress_bar=false"]
-    code, _, err = cli("fit", *options, f"--run_dir={tmp_path / 'whole'}")
-    assert code == 0, err
-    preempted = ["--trainer.callbacks+=test_survival.SignalAt", "--trainer.callbacks.step=9"]
-    preempted.append(f"--trainer.callbacks.number={int(signal.SIGTERM)}")
-    code, _, err = cli("fit", *options, *preempted, f"--run_dir={tmp_path / 'run'}")
-    assert code == 75, err
-    code, _, err = cli("fit", f"--resume={tmp_path / 'run'}", "--trainer.callbacks=null")
-    assert code == 0, err
-    whole, resumed = (
-        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("whole", "run")
-    )
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    resumes_inside_an_epoch(*options)
 
 
 # ---- files

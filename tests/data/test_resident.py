@@ -1,6 +1,5 @@
 """Pictures that live on the device: the same batches as from a loader of samples, whatever the process or the batch."""
 
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -197,26 +196,12 @@ def test_what_works_picture_by_picture_is_refused(option):
         CIFAR10DataModule(keep_on_device=True, **option)
 
 
-def test_a_run_is_resumed_inside_an_epoch(cli, cifar10_root, tmp_path):
+def test_a_run_is_resumed_inside_an_epoch(resumes_inside_an_epoch, cifar10_root):
     """The same weights as uninterrupted: the pictures that are left come as they would have."""
     options = ["-c", "configs/recipes/cifar10.yaml", "-c", "configs/models/resnet20.yaml"]
     options += [f"--data.root={cifar10_root}", "--data.keep_on_device=true", "--data.val_size=12"]
     options += ["--data.batch_size=8", "--data.cutmix_alpha=1.0", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
-    options += ["--trainer.enable_progress_bar=false"]
-    code, _, err = cli("fit", *options, f"--run_dir={tmp_path / 'whole'}")
-    assert code == 0, err
-    preempted = ["--trainer.callbacks+=test_survival.SignalAt", "--trainer.callbacks.step=9"]
-    preempted.append(f"--trainer.callbacks.number={int(signal.SIGTERM)}")
-    code, _, err = cli("fit", *options, *preempted, f"--run_dir={tmp_path / 'run'}")
-    assert code == 75, err
-    code, _, err = cli("fit", f"--resume={tmp_path / 'run'}", "--trainer.callbacks=null")
-    assert code == 0, err
-    whole, resumed = (
-        torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("whole", "run")
-    )
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    resumes_inside_an_epoch(*options)
 
 
 @pytest.mark.gpu

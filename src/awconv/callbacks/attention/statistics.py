@@ -203,17 +203,20 @@ def listening(layers: Mapping[str, AWConv2d], hear: Callable[[str, Tensor], None
     What is compiled runs uncompiled meanwhile: to compiled code such a listener would come too late, or stay for ever.
     """
 
-    def listener(name: str) -> Callable[[Any, Any, Any], None]:
+    def listener(name: str, layer: AWConv2d) -> Callable[[Any, Any, Any], None]:
+        maps = layer.in_channels // layer.groups // layer.share
+
         def hook(module: Any, inputs: Any, output: Any) -> None:
             # distributed tensors are left alone: one process cannot look at them without the others
             if type(output) is Tensor:
-                hear(name, output.detach())
+                # a head of one's own may give its maps as channels
+                hear(name, output.detach().reshape(len(output), layer.out_channels, maps, *output.shape[-2:]))
 
         return hook
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.attention.register_forward_hook(listener(name)).remove)
+            stack.callback(layer.attention.register_forward_hook(listener(name, layer)).remove)
         # what nobody has imported has compiled nothing, and takes seconds to import
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
