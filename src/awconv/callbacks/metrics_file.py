@@ -62,7 +62,7 @@ def _place(column: str) -> tuple[int, str]:
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns and the rows of a file, but for a last row that a killed process left unfinished."""
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
         rows = [row for row in reader if None not in row.values()]
@@ -70,7 +70,7 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _write(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    with whole(path) as temporary, temporary.open("w", newline="") as file:
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

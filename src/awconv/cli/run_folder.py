@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from awconv.callbacks import MetricsFile
 from awconv.callbacks.checkpoints import CONFIG, config_heading
 from awconv.callbacks.run_files import whole
+from awconv.cli import config_text
 from awconv.errors import InputError
 
 _WANDB_ID = "wandb_run_id"
@@ -77,7 +77,7 @@ def lead_loggers(config: Any, run_dir: str) -> None:
             init_args["save_dir"] = run_dir
         kind = resolve_name(logger.class_path)
         if isinstance(kind, type) and issubclass(kind, WandbLogger) and config.resume and known.is_file():
-            init_args["id"] = init_args.get("id", None) or known.read_text().strip()
+            init_args["id"] = init_args.get("id", None) or known.read_text(encoding="utf-8").strip()
 
 
 def remove_if_nothing_ran(run_dir: Path) -> None:
@@ -130,13 +130,13 @@ class RunRecorder(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
         self._heading = config_heading(command)
         self._run_dir = Path(run_dir)
-        dumped: dict[str, Any] = yaml.safe_load(parser.dump(typed, skip_none=False))
+        dumped: dict[str, Any] = config_text.load(parser.dump(typed, skip_none=False))
         self._resolved = {key: value for key, value in dumped.items() if key not in self._NOT_KEPT}
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Writes ``config.yaml`` and ``wandb_run_id``, on the first process alone."""
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        self._write(CONFIG, self._heading + yaml.safe_dump(self._resolved, sort_keys=False))
+        self._write(CONFIG, self._heading + config_text.dump(self._resolved))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.experiment.config.update(self._resolved, allow_val_change=True)
@@ -145,7 +145,7 @@ class RunRecorder(SaveConfigCallback):
 
     def _write(self, name: str, text: str) -> None:
         with whole(self._run_dir / name) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Takes out of ``metrics.csv`` what a resumed run is about to log again."""
