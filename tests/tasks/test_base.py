@@ -425,16 +425,71 @@ def test_resuming_to_train_longer_follows_the_longer_schedule(tmp_path, schedule
     np.testing.assert_allclose(resumed.momenta, longer.momenta[10:], rtol=1e-9)
 
 
-def test_resuming_onecycle_with_shorter_epochs_stays_at_its_end(tmp_path):
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "multistep"])
+@pytest.mark.parametrize(
+    "change",
+    [{"limit_train_batches": 1}, {"accumulate_grad_batches": 2}, {"limit_train_batches": 3, "max_epochs": 6}],
+    ids=["shorter epochs", "accumulated", "fewer batches and more epochs"],
+)
+def test_a_resumed_run_with_other_epochs_is_as_far_in_its_schedule_as_in_its_epochs(tmp_path, schedule, change):
+    options = {"lr_schedule": schedule, "optimizer_options": {"momentum": 0.9}, "milestones": [1, 3]}
     checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
-    options = {"lr_schedule": "onecycle", "optimizer_options": {"momentum": 0.9}}
-    trainer(tmp_path, Order(stop_after=10), checkpoint).fit(task(**options), Data())
+    trainer(tmp_path, Order(stop_after=10), checkpoint).fit(task(**options), Data())  # two epochs of five steps
+    resumed, whole = Order(), Order()
+    trainer(tmp_path, resumed, **change).fit(task(**options), Data(), ckpt_path=tmp_path / "last.ckpt")
+    run = trainer(tmp_path, whole, **change)
+    run.fit(task(**options), Data())
+    per_epoch = run.global_step // run.max_epochs
+    assert resumed.lrs == whole.lrs[2 * per_epoch :]
+    assert resumed.momenta == whole.momenta[2 * per_epoch :]
+
+
+def test_a_run_that_ends_by_steps_goes_on_by_steps(tmp_path):
+    options = {"max_epochs": None, "max_steps": 20}
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    whole, resumed = Order(), Order()
+    trainer(tmp_path, whole, **options).fit(task(), Data())
+    trainer(tmp_path, Order(stop_after=10), checkpoint, **options).fit(task(), Data())
+    trainer(tmp_path, resumed, limit_train_batches=1, **options).fit(task(), Data(), ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.lrs == whole.lrs[10:]
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_accumulation_that_changes_from_epoch_to_epoch(tmp_path, caplog, schedule):
     order = Order()
-    run = trainer(tmp_path, order, limit_train_batches=1, max_epochs=15)  # 15 steps in all, and 13 are still to come
-    run.fit(task(**options), Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    assert len(order.lrs) == 13
-    assert order.lrs[4:] == [order.lrs[4]] * 9
-    assert order.lrs[4] < 1e-4 < order.lrs[3]
+    accumulation = L.pytorch.callbacks.GradientAccumulationScheduler({0: 5, 1: 2, 3: 1})
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, order, accumulation).fit(task(lr_schedule=schedule), Data())
+    said = [record.message for record in caplog.records if "global batch" in record.message]
+    assert [int(line.split()[2]) for line in said] == [5 * BATCH, 2 * BATCH, BATCH]
+    assert len(order.lrs) == 1 + 3 + 3 + 5
+    plain = Order()  # twelve epochs of a step
+    trainer(tmp_path, plain, limit_train_batches=1, max_epochs=12).fit(task(lr_schedule=schedule), Data())
+    assert order.lrs == plain.lrs
+
+
+def test_milestones_are_epochs_where_accumulation_changes(tmp_path):
+    order = Order()
+    accumulation = L.pytorch.callbacks.GradientAccumulationScheduler({0: 5, 1: 1})
+    trainer(tmp_path, order, accumulation).fit(task(lr_schedule="multistep", milestones=[1, 3]), Data())
+    np.testing.assert_allclose(order.lrs, [0.5] + [0.05] * 10 + [0.005] * 5)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "onecycle", "cosine"])
+def test_the_learning_rate_that_a_tuner_finds_is_the_peak_of_the_schedule(tmp_path, caplog, schedule):
+    order = Order(stop_after=10)
+    finder = L.pytorch.callbacks.LearningRateFinder(max_lr=1e30, num_training_steps=60, early_stop_threshold=None)
+    model = task(lr_schedule=schedule)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, order, finder, max_epochs=12).fit(model, Data())
+    assert not np.isfinite(finder.optimal_lr.results["loss"]).all(), "no loss that is no number on the way"
+    found = finder.optimal_lr.suggestion()
+    assert model.hparams["lr"] == found != 0.5
+    (said,) = (record.message for record in caplog.records if "global batch" in record.message)
+    assert f"model.lr={found}" in said
+    plain = Order(stop_after=10)
+    trainer(tmp_path, plain, max_epochs=12).fit(task(lr_schedule=schedule, lr=found), Data())
+    np.testing.assert_allclose(order.lrs, plain.lrs, rtol=1e-12)
 
 
 def test_resuming_with_another_schedule_follows_it_from_the_first_step(tmp_path):

@@ -4,11 +4,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from awconv.data.encoded import DecodingLoader, EncodedPictures
 from awconv.data.loading import (
@@ -16,6 +17,7 @@ from awconv.data.loading import (
     EvaluationSet,
     Loader,
     MapDataset,
+    Part,
     TrainingSampler,
     TrainingSet,
 )
@@ -42,7 +44,8 @@ class BaseDataModule(LightningDataModule):
     yield (picture, target) and, for ``predict``, (picture, path).
 
     The order of the samples and their augmentation follow from the run's seed (``seed_everything``), the epoch
-    and the sample, so that neither the number of workers nor a resumption, be it inside an epoch, changes them.
+    and the sample, so that neither the number of workers nor a resumption, be it inside an epoch, changes them. A run
+    that is resumed inside an epoch with another batch size or number of processes trains on the samples that are left.
     With several processes each evaluates its own share, and the shares are filled up to one length with padding
     samples (see :class:`awconv.data.loading.EvaluationSet`).
 
@@ -79,6 +82,9 @@ class BaseDataModule(LightningDataModule):
         self.predict_dir = predict_dir
         self.seed = seed
         self._datasets: dict[str, MapDataset] = {}
+        self._sampler: TrainingSampler | None = None
+        self._loaded: dict[str, Any] = {}
+        self._resumed: _Resumed | None = None
 
     @property
     def class_names(self) -> list[str]:
@@ -107,7 +113,7 @@ class BaseDataModule(LightningDataModule):
 
     def train_sampler(self, dataset: MapDataset, processes: int, rank: int, seed: int) -> TrainingSampler:
         """Return the order of the training samples: shuffled anew in every epoch."""
-        return TrainingSampler(dataset, processes, rank, seed=seed)  # type: ignore[arg-type]
+        return TrainingSampler(dataset, processes, rank, seed=seed, batch_size=self.batch_size)
 
     # ---- loaders
 
@@ -125,8 +131,8 @@ class BaseDataModule(LightningDataModule):
             seed = self.trainer.strategy.broadcast(seed)
         rank, processes = self._place()
         # torch adds the epoch to the sampler's seed, and takes 64 bits in all
-        sampler = self.train_sampler(dataset, processes, rank, seed % 2**62)
-        sampler.consumed = self._consumed
+        sampler = self._sampler = self.train_sampler(dataset, processes, rank, seed % 2**62)
+        sampler.begin_epoch, sampler.parts = self._begin_epoch, self._parts
         samples = self._samples(dataset, seed)
         return self._loader(samples, sampler=sampler, drop_last=len(sampler) >= self.batch_size, persistent=True)
 
@@ -175,13 +181,73 @@ class BaseDataModule(LightningDataModule):
         """Where this process computes; the CPU where there is no trainer."""
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
-    def _consumed(self) -> int:
-        """How many samples of this epoch this process has trained on before the run was resumed."""
+    # ---- resuming inside an epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was trained on of the present epoch, for a run that is resumed inside it."""
         loop = None if self.trainer is None else self.trainer.fit_loop
-        if loop is None or not loop.restarted_mid_epoch:
-            return 0
-        batches: int = loop.epoch_loop.batch_progress.current.ready
-        return batches * self.batch_size
+        if loop is None or self._sampler is None or not loop.epoch_progress.current.ready:
+            return {}
+        progress: Any = loop.epoch_progress.current
+        epoch, batches = progress.processed, loop.epoch_loop.batch_progress.current.ready
+        seed, (*before, now) = self._parts(epoch)
+        first = self._resumed.first_batch if self._resumed is not None and self._resumed.epoch == epoch else 0
+        now = now._replace(taken=now.taken + (batches - first) * now.batch_size * now.processes)
+        return {
+            "epoch": epoch,
+            "seed": seed,
+            "samples": self._sampler.samples,
+            "batches": self.trainer.num_training_batches,  # type: ignore[union-attr]
+            "parts": [list(part) for part in (*before, now)],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Notes what was trained on, until training begins."""
+        self._loaded = state_dict
+
+    def _begin_epoch(self, epoch: int) -> None:
+        """Leaves out what was trained on of an epoch inside which a run is resumed."""
+        loop: Any = None if self.trainer is None else self.trainer.fit_loop
+        if loop is None or not loop.restarted_mid_epoch or self._loaded.get("epoch", epoch) != epoch:
+            return
+        sampler: Any = self._sampler
+        loader: Any = self.trainer.train_dataloader  # type: ignore[union-attr]
+        batches: Any = self.trainer.num_training_batches  # type: ignore[union-attr]
+        progress = loop.epoch_loop.batch_progress.current
+        done: int = progress.ready
+        here = Part(self.batch_size, sampler.num_replicas, 0)
+        # a checkpoint of version 0.1.0 says nothing
+        before = [(*here[:2], done * here.batch_size * here.processes)]
+        state = {"seed": sampler.seed, "samples": sampler.samples, "batches": batches, "parts": before, **self._loaded}
+        if state["samples"] != sampler.samples:
+            rank_zero_warn(
+                f"the data hold {sampler.samples} training samples, and held {state['samples']} when this epoch began: "
+                "until it ends some may be trained on twice, or not at all"
+            )
+        parts = [Part(*part) for part in state["parts"]]
+        if changed := parts[-1][:2] != here[:2]:
+            parts.append(here)
+        if changed or state["batches"] != batches:
+            samples = len(sampler.remaining(state["seed"], parts)) // here.processes
+            if samples < here.batch_size:
+                raise InputError(
+                    f"batch_size={here.batch_size}: {samples} samples a process are left of the epoch inside which the "
+                    f"run is resumed; give a batch_size of at most {samples}"
+                )
+            left = samples // here.batch_size
+            if batches < len(loader):  # trainer.limit_train_batches: as large a part of the epoch is done as was
+                left = min(left, max(1, batches - round(done / state["batches"] * batches)))
+            # Lightning goes on counting from here, in batches of the present size
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(progress, name, getattr(progress, name) + batches - left - done)
+        self._resumed = _Resumed(epoch, state["seed"], parts, progress.ready)
+
+    def _parts(self, epoch: int) -> tuple[int, list[Part]]:
+        """The seed of an epoch's order, and what was trained on of it before the run was resumed."""
+        if self._resumed is not None and self._resumed.epoch == epoch:
+            return self._resumed.seed, self._resumed.parts
+        assert self._sampler is not None
+        return self._sampler.seed, [Part(self.batch_size, self._sampler.num_replicas, 0)]
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:
@@ -207,6 +273,15 @@ class BaseDataModule(LightningDataModule):
         found = f"pictures ({', '.join(EXTENSIONS)}), and there are none in it or below; {remedy}"
         require(bool(paths), "predict_dir", folder, found)
         return PictureDataset(paths, None, self.predict_transform())
+
+
+class _Resumed(NamedTuple):
+    """The epoch inside which a run was resumed, the seed of its order, its parts, and the batch that came first."""
+
+    epoch: int
+    seed: int
+    parts: list[Part]
+    first_batch: int
 
 
 def _begin_worker(worker: int) -> None:

@@ -24,7 +24,7 @@ class ClassificationDataModule(BaseDataModule):
     sets do. A picture is a PIL image or a tensor (C, H, W)::
 
         class FlowersDataModule(ClassificationDataModule):
-            class_names = Path("flowers.txt").read_text().splitlines()
+            class_names = Path("flowers.txt").read_text(encoding="utf-8").splitlines()
             mean, std = (0.43, 0.38, 0.30), (0.29, 0.24, 0.27)
 
             def __init__(self, root: str = "datasets", *, image_size: int = 128, **common: Any) -> None:

@@ -9,8 +9,7 @@ share the work.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
-from itertools import islice
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +50,15 @@ def seeded(*key: int) -> Iterator[None]:
         generator.set_state(state)
 
 
+class Part(NamedTuple):
+    """What was trained on of an epoch with one batch size and number of processes."""
+
+    batch_size: int
+    processes: int
+    taken: int
+    """Samples, of all processes together."""
+
+
 class TrainingSampler(DistributedSampler[tuple[int, int]]):
     """Shuffles like torch's own `DistributedSampler`, for one process as for many, and yields (epoch, index).
 
@@ -58,23 +66,55 @@ class TrainingSampler(DistributedSampler[tuple[int, int]]):
     leaves a `DistributedSampler` alone and sets its epoch, so that a resumed run sees the order of the
     uninterrupted one; without a trainer the epoch counts the passes.
 
+    Args:
+        dataset: The samples.
+        num_replicas: Number of processes.
+        rank: Number of this process.
+        seed: Seed of the order.
+        batch_size: Samples per batch and process.
+
     Attributes:
-        consumed: Called at the start of a pass; gives how many of this process's samples of that epoch were trained
-            on already, by the run that is resumed, and are left out.
+        samples: Number of samples.
+        begin_epoch: Called when Lightning sets the epoch, before it counts or fetches a batch of it.
+        parts: Called at the start of a pass with its epoch; gives the seed of that epoch's order, and what was trained
+            on already with which batch size and number of processes, the present ones last. That is left out.
     """
 
-    consumed: Callable[[], int] = staticmethod(lambda: 0)
+    begin_epoch: Callable[[int], None] = staticmethod(lambda epoch: None)
+    parts: Callable[[int], tuple[int, Sequence[Part]]]
+
+    def __init__(self, dataset: Sized, num_replicas: int, rank: int, *, seed: int, batch_size: int = 1) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        self.samples = len(dataset)
+        self.parts = lambda epoch: (seed, [Part(batch_size, num_replicas, 0)])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, of which seed and order are."""
+        super().set_epoch(epoch)
+        self.begin_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, order = self.epoch, self.order()
+        epoch, order = self.epoch, self.remaining(*self.parts(self.epoch))
         self.epoch += 1
-        return ((epoch, index) for index in islice(order, self.consumed(), None))
+        return ((epoch, index) for index in order[self.rank :: self.num_replicas].tolist())
 
-    def order(self) -> Iterator[int]:
-        """This process's samples of the present epoch, as indices."""
-        # torch's sampler yields plain indices, whatever its type parameter says
-        indices: Iterator[Any] = super().__iter__()
-        return indices
+    def remaining(self, seed: int, parts: Sequence[Part]) -> Array:
+        """Samples of the present epoch that were not trained on yet, of all processes, in the order of training.
+
+        As in torch's sampler, the first samples come again at the end where the processes would not get equally many.
+        """
+        rest = torch.randperm(self.samples, generator=torch.Generator().manual_seed(seed + self.epoch)).numpy()
+        for place, (batch_size, processes, taken) in enumerate(parts):
+            order = self.arrange(np.resize(rest, -(-len(rest) // processes) * processes), batch_size * processes)
+            done, rest = order[:taken], order[taken:]
+            if place + 1 < len(parts):  # without what the processes of this part would have got twice
+                rest = rest[np.sort(np.unique(rest, return_index=True)[1])]
+                rest = rest[~np.isin(rest, done)]
+        return rest
+
+    def arrange(self, order: Array, batch: int) -> Array:
+        """Puts shuffled samples into batches, each of so many samples of all processes."""
+        return order
 
 
 class GroupedSampler(TrainingSampler):
@@ -96,24 +136,19 @@ class GroupedSampler(TrainingSampler):
     def __init__(
         self, dataset: Sized, num_replicas: int, rank: int, *, seed: int, groups: Array, batch_size: int
     ) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
+        super().__init__(dataset, num_replicas, rank, seed=seed, batch_size=batch_size)
         self._groups = groups
-        self._batch = batch_size * num_replicas
 
-    def order(self) -> Iterator[int]:
-        """This process's samples of the present epoch, as indices."""
-        # torch's own shuffling and padding, which its class does not give away before it has taken the rank's share
-        shuffled = torch.randperm(len(self._groups), generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        order = np.resize(shuffled.numpy(), self.total_size)
+    def arrange(self, order: Array, batch: int) -> Array:
+        """Puts shuffled samples into batches, each of so many samples of all processes."""
         groups = self._groups[order]
         # when a sample leaves its bucket: with the one that completes the batch
         leaves = np.full(len(order), len(order))
         for group in np.unique(groups):
             bucket = np.flatnonzero(groups == group)
-            full = bucket[: len(bucket) - len(bucket) % self._batch]
-            leaves[full] = np.repeat(full[self._batch - 1 :: self._batch], self._batch)
-        order = order[np.argsort(leaves, kind="stable")]
-        return iter(order[self.rank :: self.num_replicas].tolist())
+            full = bucket[: len(bucket) - len(bucket) % batch]
+            leaves[full] = np.repeat(full[batch - 1 :: batch], batch)
+        return order[np.argsort(leaves, kind="stable")]
 
 
 class TrainingSet(Dataset[Any]):
@@ -188,7 +223,7 @@ class Loader(DataLoader[Any]):
     tells the sampler the epoch of a resumed run, and workers started then would load the wrong samples.
 
     The two methods by which Lightning knows a loader that can be resumed inside an epoch do nothing: where to go on
-    follows from Lightning's own count of batches, see :attr:`TrainingSampler.consumed`.
+    follows from Lightning's own count of batches, see :attr:`TrainingSampler.parts`.
     """
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,8 +4,7 @@ import difflib
 import hashlib
 import inspect
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -18,11 +17,11 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from awconv.errors import InputError
 from awconv.models import WeightsReport, describe_mismatch
+from awconv.tasks.schedule import Schedule, Timeline
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): value
@@ -47,6 +46,8 @@ class BaseTask(L.LightningModule):
             is a ``fused`` one where there is one, unless gradients are clipped or scaled, or weights are sharded.
         lr_schedule: ``constant``, ``cosine`` (to ``min_lr``), ``multistep`` (times ``gamma`` at each milestone) or
             ``onecycle`` (Smith & Topin 2018, as ``torch.optim.lr_scheduler.OneCycleLR``). Steps are optimiser steps.
+            The schedule follows what changes in a run: a learning rate or batch size that a tuner finds, accumulation
+            that changes from epoch to epoch, a resumed run with longer epochs or more of them.
         warmup_epochs: Epochs of linear warm-up from ``lr`` / 100; for ``onecycle``, the rising part.
         warmup_steps: The same in optimiser steps; the longer of the two counts.
         milestones: Epochs at which ``multistep`` drops.
@@ -116,6 +117,9 @@ class BaseTask(L.LightningModule):
         self._optimizer_options = dict(optimizer_options or {})
         self._non_finite_steps: dict[str, Tensor] = {}
         self._compiled = False
+        self._fit_has_begun = False
+        self._said_accumulation: int | None = None
+        self._resumed_from: dict[str, float] | None = None
 
     def _drop_foreign_hyperparameters(self) -> None:
         """Drops what the command line links from the data to every task, and this one does not take.
@@ -182,10 +186,8 @@ class BaseTask(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Builds the optimiser and a schedule that steps once an optimiser step."""
         optimizer = self._build_optimizer()
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._build_schedule(optimizer), "interval": "step"},
-        }
+        schedule = Schedule(optimizer, self.hparams, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _build_optimizer(self) -> Optimizer:
         hparams = self.hparams
@@ -222,54 +224,6 @@ class BaseTask(L.LightningModule):
         parameters = [p for p in self.parameters() if p.requires_grad]
         return [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
 
-    def _build_schedule(self, optimizer: Optimizer) -> LRScheduler:
-        hparams = self.hparams
-        total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
-            raise InputError(
-                "trainer.max_epochs=-1 has no end for the schedule to aim at; give max_epochs or max_steps"
-            )
-        per_epoch = self._steps_per_epoch()
-        warmup = min(max(round(hparams["warmup_epochs"] * per_epoch), hparams["warmup_steps"]), int(total))
-        if hparams["lr_schedule"] == "onecycle":
-            # OneCycleLR divides by the length of its two parts, less one step each
-            rise = min(max(warmup, 2), total - 2) / total if warmup and total > 3 else 0.3
-            group = optimizer.param_groups[0]
-            return OneCycleLR(
-                optimizer,
-                max_lr=hparams["lr"],
-                total_steps=max(int(total), 1),
-                pct_start=rise,
-                cycle_momentum="betas" in group or bool(group.get("momentum")),
-            )
-        return LambdaLR(optimizer, self._lr_factor(int(total), warmup, per_epoch))
-
-    def _steps_per_epoch(self) -> int:
-        # the last batches of an epoch make a step too, however few they are
-        return max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
-
-    def _lr_factor(self, total: int, warmup: int, per_epoch: int) -> Callable[[int], float]:
-        """Gives the learning rate after ``step`` optimiser steps, as a fraction of ``lr``.
-
-        A plain function: LambdaLR keeps none of it in its state, so the arguments of a resumed run are what counts.
-        """
-        hparams = self.hparams
-        schedule, gamma = hparams["lr_schedule"], hparams["gamma"]
-        floor = hparams["min_lr"] / hparams["lr"] if hparams["lr"] else 0.0
-        drops = [round(epoch * per_epoch) for epoch in hparams["milestones"] or []]
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return 0.01 + 0.99 * step / warmup
-            if schedule == "cosine":
-                progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-                return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-            if schedule == "multistep":
-                return float(gamma ** sum(step >= drop for drop in drops))
-            return 1.0
-
-        return factor
-
     # ---- a training step ------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -304,6 +258,8 @@ class BaseTask(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stops training on a loss that is no number."""
+        if not self._fit_has_begun:  # a tuner looks for the learning rate at which it is none
+            return
         at_once = self.device.type == "cpu" and self.trainer.world_size == 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if at_once or (every and (batch_idx + 1) % every == 0):
@@ -319,7 +275,7 @@ class BaseTask(L.LightningModule):
         )
         if wrong := {name: int(step) for name, step in steps.items() if step >= 0}:
             step = min(wrong.values())
-            epoch = step // self._steps_per_epoch()
+            epoch = Timeline(self.trainer).epoch_of(step)
             names = " and ".join(name for name in wrong if wrong[name] == step)
             raise InputError(
                 f"{names} was not finite at step {step} (epoch {epoch}); training stopped and wrote no checkpoint "
@@ -332,6 +288,8 @@ class BaseTask(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses to save broken weights, and leaves out where the initial weights came from: they are inside now."""
         self._stop_if_not_finite()
+        if self._fit_has_begun:
+            checkpoint["position"] = self._position()
         hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if "initial_weights" in hparams:
             hparams["initial_weights"] = None
@@ -362,53 +320,72 @@ class BaseTask(L.LightningModule):
                     "something else is frozen; set norm and trainable_stages as they were, or start afresh from its "
                     "weights with model.initial_weights"
                 )
-        ratio = now["lr"] / saved["lr"] if saved["lr"] else 1.0
         decays = (now["weight_decay"], now["weight_decay"] if now["decay_norm_and_bias"] else 0.0)
         for state in states:
             for group, decay in zip(state["param_groups"], decays, strict=True):
-                _scale(group, ("lr", "initial_lr", "max_lr", "min_lr"), ratio)
                 if "weight_decay" in group:
                     group["weight_decay"] = decay
                 # how a step is computed is this run's affair, and its device's
                 how = {"fused": True if self._may_be_fused() else None, "foreach": None}
                 group.update({k: v for k, v in {**how, **self._optimizer_options}.items() if k in group})
-        for schedule in checkpoint.get("lr_schedulers", []):
-            _scale(schedule, ("base_lrs", "_last_lr"), ratio)
-            for key in ("total_steps", "_schedule_phases"):  # OneCycleLR's length, which follows trainer.max_epochs
-                schedule.pop(key, None)
+        self._resumed_from = checkpoint.get("position")
+
+    def _position(self) -> dict[str, float]:
+        """Where the run is, so that one that is resumed with other epochs finds the place in its schedule."""
+        loop: Any = self.trainer.fit_loop
+        epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
+        begun = epochs.processed < epochs.ready and not math.isinf(self.trainer.num_training_batches)
+        part = batches.ready / max(self.trainer.num_training_batches, 1) if begun else 0
+        accumulated = self.trainer.accumulate_grad_batches
+        return {
+            "epochs": epochs.processed + part,
+            "batches": self.trainer.num_training_batches,
+            "accumulated": accumulated,
+        }
+
+    def on_fit_start(self) -> None:
+        """Notes that what comes next is training, and no trial of a tuner any more."""
+        self._fit_has_begun = True
+        self._non_finite_steps.clear()
 
     def on_train_start(self) -> None:
-        """Says what the learning rate is for, and sets what the schedule says for the next step.
-
-        A resumed run may have another schedule than the saved one.
-        """
-        self._say_global_batch()
+        """Takes over what has changed since the optimiser was built, and says what the learning rate is for."""
+        if not self._fit_has_begun:
+            return
+        timeline = Timeline(self.trainer)
+        # GradientAccumulationScheduler sets it at the start of every epoch but the one inside which a run is resumed
+        self.trainer.accumulate_grad_batches = timeline.accumulated(self.current_epoch)
         schedule = self.lr_schedulers()
-        if isinstance(schedule, LambdaLR) or (isinstance(schedule, OneCycleLR) and not _has_ended(schedule)):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # get_lr outside step() is what is meant here
-                rates = schedule.get_lr()
-            for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        if isinstance(schedule, Schedule):
+            schedule.follow(self.trainer)
+            self._find_place(schedule, timeline)
+            schedule.apply()
+        self._say_global_batch()
+
+    def _find_place(self, schedule: Schedule, timeline: Timeline) -> None:
+        """Moves the schedule of a resumed run to where the run is, if its epochs have another number of steps now."""
+        at, self._resumed_from = self._resumed_from, None
+        if at is None or timeline.ends_by_steps or math.isinf(at["batches"]):
+            return
+        if (at["batches"], at["accumulated"]) != (timeline.batches, timeline.accumulated(int(at["epochs"]))):
+            schedule.last_epoch = timeline.step_at(at["epochs"])
+
+    def on_train_epoch_start(self) -> None:
+        """Says it where accumulation has changed."""
+        if self._fit_has_begun and self._said_accumulation != self.trainer.accumulate_grad_batches:
+            self._say_global_batch()
 
     def _say_global_batch(self) -> None:
         size = getattr(self.trainer.train_dataloader, "batch_size", None)
+        processes, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
+        self._said_accumulation = accumulated
         if size:
-            processes, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
             parts = [(size, "a batch"), (processes, "processes"), (accumulated, "accumulated")]
             product = " x ".join(f"{number} {what}" for number, what in parts if number > 1 or what == "a batch")
             rank_zero_info(
                 f"global batch: {size * processes * accumulated} pictures ({product}); "
                 f"model.lr={self.hparams['lr']} is for that, and is never scaled"
             )
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Steps the schedule; one that has ended keeps its last learning rate.
-
-        OneCycleLR would raise: a run that is resumed with shorter epochs makes more steps than those add up to.
-        """
-        if not (isinstance(scheduler, OneCycleLR) and _has_ended(scheduler)):
-            super().lr_scheduler_step(scheduler, metric)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads ``state_dict``; under ``strict`` a network of another architecture is an :class:`InputError`."""
@@ -450,15 +427,3 @@ class _WeightAverage(WeightAveraging):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
-
-
-def _has_ended(schedule: OneCycleLR) -> bool:
-    # its last rate is that of step total_steps - 1; a step further, the cosine rises again
-    return schedule.last_epoch >= schedule.total_steps - 1
-
-
-def _scale(values: dict[str, Any], keys: tuple[str, ...], ratio: float) -> None:
-    for key in keys:
-        if key in values:
-            value = values[key]
-            values[key] = [v * ratio for v in value] if isinstance(value, list) else value * ratio

@@ -155,6 +155,7 @@ class DetectionTask(BaseTask):
 
     def on_fit_start(self) -> None:
         """Refuses to train a network that is partly frozen at random."""
+        super().on_fit_start()
         norm, stages = self.hparams["norm"], self.hparams["trainable_stages"]
         random = self.hparams["initial_weights"] is None and not self._restored
         if random and (norm == "frozen" or stages is not None):
