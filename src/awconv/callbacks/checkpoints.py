@@ -1,62 +1,110 @@
 """Which checkpoints a run keeps, how they reach the disk whole, and how a run ends that is taken off its machine."""
 
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from torch import Tensor
 
 from awconv.callbacks.run_files import whole
 from awconv.errors import InputError, require_int, require_number
 
-LAST, PREVIOUS, CONFIG = "last.ckpt", "previous.ckpt", "config.yaml"
+BEST, LAST, PREVIOUS, CONFIG = "best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml"
 _PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, whose best survives a resumption in another run folder.
+    """Keeps ``best.ckpt``, the checkpoint of the best validation of a run.
 
-    A resumed run takes over the best checkpoints of the run it goes on with, scores and files, and its own must beat
-    them. A folder that holds another run's checkpoints is refused.
+    After every validation of ``fit`` the file is replaced if the monitored metric is better than in all validations
+    before. On a tie the earlier one stays, and NaN is never the best. A metric of training is read at the end of every
+    epoch instead: one whose name starts with ``train/``, or that validation does not log.
+
+    A resumed run must beat the best of the run that it continues: of everything that ``best.ckpt`` says it holds. A
+    folder that holds another run's checkpoints is refused. For further checkpoints (the best five, one every thousand
+    steps, ...) add Lightning's ``ModelCheckpoint`` to the trainer.
+
+    Args:
+        dirpath: Folder of the file; the command line gives it the run's ``checkpoints/``.
+        monitor: Name of the metric; null takes the task's own.
+        mode: ``min`` or ``max``; null follows from the metric's name, see :func:`direction`.
+        save_weights_only: Leave out the states of optimiser and loops, without which no run can be resumed from the
+            file.
+
+    Raises:
+        InputError: If nothing tells whether a higher value of the metric is better.
     """
 
-    _stage = ""
-    _resumed = False
-    _trainer: L.Trainer
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+        save_weights_only: bool = False,
+    ) -> None:
+        super().__init__(
+            dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode or "max",
+            save_weights_only=save_weights_only,
+            enable_version_counter=False,
+        )
+        self._mode_is_given = mode is not None
+        self.best_step: int | None = None
+        """Optimiser steps before the best validation."""
+        self._resumed = self._is_better = False
+        self._reads_training: bool | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The same whatever the metric, so that a resumed run finds what it continues."""
+        return "BestCheckpoint"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds the folder."""
+        """Finds the folder, the metric, and its direction."""
         super().setup(trainer, pl_module, stage)
-        self._stage, self._trainer = stage, trainer
+        own = getattr(pl_module, "monitor", "val/acc1")
+        self.monitor = self.monitor or own
+        if not self._mode_is_given:
+            mode = direction(self.monitor) or ("max" if self.monitor == own else None)
+            if mode is None:
+                raise InputError(
+                    f"checkpoint.monitor={self.monitor!r}: the name does not tell whether a higher or a lower value is "
+                    "better; give --checkpoint.mode max or min"
+                )
+            self.mode = mode
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses to write over the checkpoints of another run, before anything of it is touched."""
+        """Refuses to write over the checkpoints of another run, and what contradicts itself."""
         if not trainer.strategy.restore_checkpoint_after_setup:
-            self._refuse_unless_resumed()
+            self._refuse_those_of_another_run()
+        _check_monitors(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses it where the strategy has read only now what the run goes on with."""
+        """Refuses checkpoints of another run where the strategy restores only now."""
         super().on_train_start(trainer, pl_module)
-        self._refuse_unless_resumed()
-
-    def _refuse_unless_resumed(self) -> None:
-        if not self._resumed:
-            self._refuse_those_of_another_run()
+        self._refuse_those_of_another_run()
 
     def _refuse_those_of_another_run(self) -> None:
-        for name in (f"{self.filename}.ckpt", LAST):
+        if self._resumed:
+            return
+        for name in (BEST, LAST):
             there = Path(self.dirpath or "", name)
             if there.exists():
                 raise InputError(
@@ -65,41 +113,197 @@ class BestCheckpoint(ModelCheckpoint):
                 )
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses a metric of the validation that does not exist before an epoch is lost on it."""
-        there = [name for name in trainer.callback_metrics if name.startswith("val/")]
-        if str(self.monitor).startswith("val/") and there and self.monitor not in there:
-            raise InputError(f"checkpoint.monitor={self.monitor!r} is not measured; choose one of {', '.join(there)}")
+        """Refuses metrics that do not exist, before an epoch is lost on them."""
+        ours = type(pl_module).__module__.startswith("awconv.")
+        for name, monitor in _monitors(trainer):
+            # what training logs is not known yet, but for this project's own tasks, whose names say it
+            known = monitor.startswith("val/") or (ours and not monitor.startswith("train/"))
+            if known and monitor not in trainer.callback_metrics:
+                raise _not_measured(name, monitor, trainer)
+
+    # ---- the best ------------------------------------------------------------------------------------------------
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Looks at the metric of a validation."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self._reads_training is None:
+            monitor = str(self.monitor)
+            self._reads_training = monitor.startswith("train/") or monitor not in trainer.callback_metrics
+        if not self._reads_training:
+            self._compare(trainer)
+            # at the end of an epoch the checkpoint is written a moment later, when Lightning counts the epoch as done
+            if not trainer.is_last_batch:
+                self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Looks at the metric of an epoch of training, and writes what is the best."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self._reads_training or (self._reads_training is None and self.monitor in trainer.callback_metrics):
+            self._compare(trainer)
+        self._write(trainer)
+
+    def _compare(self, trainer: L.Trainer) -> None:
+        value = trainer.callback_metrics.get(str(self.monitor))
+        if value is None:
+            raise _not_measured("checkpoint", str(self.monitor), trainer)
+        # where processes disagree the first one decides for all: to write a checkpoint takes them all
+        score: Tensor = trainer.strategy.broadcast(value.detach().cpu())
+        self.current_score = score
+        if self._beats(score, self.best_model_score):
+            self.best_model_score, self.best_step, self._is_better = score, trainer.global_step, True
+
+    def _beats(self, score: Tensor, other: Tensor | None) -> bool:
+        if score.isnan():
+            return False
+        return other is None or bool(score < other if self.mode == "min" else score > other)
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if self._is_better:
+            self._is_better = False
+            self.best_model_path = str(Path(self.dirpath or "", BEST))
+            self._save_checkpoint(trainer, self.best_model_path)
+
+    # ---- resuming ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metric, and the value and step of its best validation."""
+        names = ("monitor", "mode", "best_model_score", "best_model_path", "best_step")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the best checkpoints of the run that is resumed."""
-        if self._stage != "fit":
+        """Does nothing: see :meth:`on_load_checkpoint`, which also knows of which step the state is."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes over the best of the run that is resumed, value and file."""
+        if trainer.state.fn != "fit":
             return
-        self._resumed = True
-        here = Path(self.dirpath or "")
-        there = Path(str(self._trainer.ckpt_path)).parent  # what the state says of its folder is of before it was moved
-        if os.path.realpath(there) != os.path.realpath(here):
+        source, here = Path(str(trainer.ckpt_path)), Path(self.dirpath or "", BEST)
+        in_place = os.path.realpath(source.parent) == os.path.realpath(here.parent)
+        self._resumed |= in_place
+        saved = _Best.of(checkpoint)
+        if saved is None or (saved.step == self.best_step and self.best_model_score is not None):
+            return  # nothing was validated yet, or a tuner restores what it has just saved
+        if not in_place:
             self._refuse_those_of_another_run()
-        moved, found = {}, {}
-        for old in state_dict["best_k_models"]:
-            moved[old] = str(here / Path(old).name)
-            found[old] = next((p for p in (there / Path(old).name, Path(old)) if p.is_file()), None)
-        if not all(found.values()):
-            return  # they were deleted: the best starts anew
-        self._trainer.strategy.barrier()  # all have looked before the first one writes
-        for old, new in moved.items():
-            if os.path.realpath(str(found[old])) != os.path.realpath(new):
-                _copy(str(found[old]), new)
-        self._trainer.strategy.barrier()
-        super().load_state_dict(
-            {
-                **state_dict,
-                "dirpath": self.dirpath,
-                "best_model_path": moved.get(state_dict["best_model_path"], ""),
-                "kth_best_model_path": moved.get(state_dict["kth_best_model_path"], ""),
-                "best_k_models": {moved[old]: score for old, score in state_dict["best_k_models"].items()},
-                "last_model_path": "",
-            }
-        )
+        if (saved.monitor, saved.mode) != (self.monitor, self.mode):
+            self._follow_another_metric(saved, source, in_place)
+            return
+        # all look before the first one writes; the file counts, since it may be newer than the checkpoint
+        candidates = {source: saved} if saved.step == checkpoint["global_step"] else {}
+        found = _Best.read(source.parent / BEST, self)
+        if found is not None and (in_place or found.step <= checkpoint["global_step"]):
+            candidates = {source.parent / BEST: found, **candidates}
+        trainer.strategy.barrier()
+        if not candidates:
+            rank_zero_warn(
+                f"{source.parent / BEST} of step {saved.step} ({self.monitor}={float(saved.score):.4g}) is not there "
+                "any more: best.ckpt follows the validations from here on"
+            )
+            return
+        chosen = next(iter(candidates))
+        for path, best in candidates.items():
+            if self._beats(best.score, candidates[chosen].score):
+                chosen = path
+        if os.path.realpath(chosen) != os.path.realpath(here):
+            _copy(str(chosen), str(here))
+        trainer.strategy.barrier()
+        self.best_model_path = str(here)
+        self.best_model_score, self.best_step = candidates[chosen].score, candidates[chosen].step
+
+    def _follow_another_metric(self, saved: "_Best", source: Path, in_place: bool) -> None:
+        if in_place:
+            raise InputError(
+                f"checkpoint.monitor={self.monitor!r} (mode {self.mode}): best.ckpt of this run follows "
+                f"{saved.monitor} (mode {saved.mode}); leave it so, or start a new run with --ckpt_path {source}"
+            )
+        rank_zero_info(f"best.ckpt follows {self.monitor} from here on, and no longer {saved.monitor}")
+
+
+class _Best(NamedTuple):
+    """What a checkpoint says of the best validation of its run."""
+
+    monitor: str
+    mode: str
+    score: Tensor
+    step: int
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any]) -> "_Best | None":
+        """What the state of :class:`BestCheckpoint` says; None where nothing was validated."""
+        states = checkpoint.get("callbacks") or {}
+        # in checkpoints of version 0.1.0 the key goes on with the options, and the state has no mode and no step
+        key = next((key for key in states if key.startswith("BestCheckpoint")), None)
+        if key is None or states[key]["best_model_score"] is None:
+            return None
+        state = {"mode": "min" if "'mode': 'min'" in key else "max", "best_step": -1, **states[key]}
+        score = torch.as_tensor(state["best_model_score"]).cpu()
+        return cls(state["monitor"], state["mode"], score, state["best_step"])
+
+    @classmethod
+    def read(cls, path: Path, follows: BestCheckpoint) -> "_Best | None":
+        """What ``best.ckpt`` says of itself; None where there is none of the same metric that can be read."""
+        try:
+            checkpoint = read_checkpoint(path, "checkpoint") if path.is_file() else {}
+        except InputError:
+            return None
+        best = cls.of(checkpoint)
+        if best is None or (best.monitor, best.mode) != (follows.monitor, follows.mode):
+            return None
+        return best._replace(step=checkpoint["global_step"])
+
+
+def direction(metric: str) -> Literal["min", "max"] | None:
+    """Whether a lower or a higher value of a metric is better, by the words of its name; None where they do not say.
+
+    ``val/loss`` and ``val_error_rate`` are better when lower, ``val/acc1``, ``val/map_50`` and ``auroc`` when higher.
+    """
+    words = set(re.split(r"[^a-z]+", (metric.partition("/")[2] or metric).lower()))
+    if words & {"loss", "err", "error", "mse", "rmse", "mae", "nll", "perplexity", "ece"}:
+        return "min"
+    higher = {"acc", "accuracy", "top", "map", "mar", "ap", "ar", "auc", "auroc", "f", "iou", "miou", "dice"}
+    return "max" if words & (higher | {"precision", "recall", "psnr", "ssim"}) else None
+
+
+def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:
+    """The callbacks that follow a metric, and which."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str):
+            yield "checkpoint" if isinstance(callback, BestCheckpoint) else _called(callback), monitor
+
+
+def _called(callback: L.Callback) -> str:
+    return f"trainer.callbacks: {type(callback).__name__}"
+
+
+def _not_measured(name: str, monitor: str, trainer: L.Trainer) -> InputError:
+    there = sorted(metric for metric in trainer.callback_metrics if "/" in metric) or sorted(trainer.callback_metrics)
+    return InputError(f"{name}.monitor={monitor!r} is not measured; choose one of {', '.join(there)}")
+
+
+def _check_monitors(trainer: L.Trainer) -> None:
+    """Refuses callbacks that would follow a metric in the wrong direction, or write over this project's files."""
+    kept = {BEST, LAST, PREVIOUS}
+    folder = next(c.dirpath for c in trainer.callbacks if isinstance(c, BestCheckpoint))  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = _called(callback)
+        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        if isinstance(callback, BestCheckpoint):
+            continue
+        # Lightning's default is min; the other way round somebody has typed it
+        if mode == "min" and isinstance(monitor, str) and direction(monitor) == "max":
+            raise InputError(f"{name}.mode='min': a higher {monitor} is better; give mode max")
+        if isinstance(callback, ModelCheckpoint) and os.path.realpath(callback.dirpath or "") == os.path.realpath(
+            folder or ""
+        ):
+            if callback.save_last:
+                raise InputError(f"{name}.save_last={callback.save_last}: {LAST} is kept anyway; leave save_last out")
+            if f"{callback.filename}.ckpt" in kept:
+                raise InputError(
+                    f"{name}.filename={callback.filename!r}: the run writes that file itself; give another"
+                )
 
 
 class Preempted(SystemExit):
@@ -141,9 +345,11 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self._signal: int | None = None
-        self._due = self._leaving = self._is_whole = self._step_is_saved = False
+        self._due = self._leaving = self._step_is_saved = False
         self._step = 0
         self._time = 0.0
+        # the newest checkpoint of this folder that is known to be whole, and its step
+        self._newest: tuple[Path, int] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Finds the folder, the same for all processes, and clears away what a killed process left half written."""
@@ -167,8 +373,10 @@ class LastCheckpoint(Checkpoint):
         self._signal = None
         self._due = self._leaving = self._step_is_saved = False
         self._step, self._time = trainer.global_step, time.monotonic()
-        # one that nobody has read may be damaged, and must not take the place of the one before
-        self._is_whole = str(trainer.ckpt_path) == str(Path(str(self.dirpath), LAST))
+        # one that nobody has read may be damaged, or of a later step than the one that the run goes on from
+        resumed = Path(str(trainer.ckpt_path))
+        in_place = os.path.realpath(resumed.parent) == os.path.realpath(str(self.dirpath))
+        self._newest = (resumed, trainer.global_step) if in_place and resumed.is_file() else None
         if threading.current_thread() is threading.main_thread():
             for number in _PREEMPTIONS:
                 # in the place of Lightning's own, which in several processes calls a collective out of turn; Lightning
@@ -221,10 +429,12 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         last, previous = (Path(str(self.dirpath), name) for name in (LAST, PREVIOUS))
-        if trainer.is_global_zero and self._is_whole:
-            _keep_as(last, previous)
+        if trainer.is_global_zero and self._newest is not None:
+            newest, step = self._newest
+            if newest != previous and step < trainer.global_step:
+                _keep_as(newest, previous)
         trainer.save_checkpoint(last, weights_only=False)
-        self._is_whole = True
+        self._newest = last, trainer.global_step
         _flush(trainer)
 
     def _leave(self, trainer: L.Trainer) -> None:
@@ -284,18 +494,42 @@ def find_run(given: Path) -> tuple[Path, Path]:
             f"resume={str(given)!r} lies in no run's folder checkpoints; give the folder of a run, or for a new run "
             "from this file --ckpt_path"
         )
-    config = given / CONFIG
-    text = config.read_text() if config.is_file() else ""
-    content = yaml.safe_load(text) or {}
-    elsewhere = [(content.get(section) or {}).get("dirpath") for section in ("last_checkpoint", "checkpoint")]
-    for folder in (given / "checkpoints", *map(Path, filter(None, elsewhere))):
+    for folder in _checkpoint_folders(given):
         for path in (folder / LAST, folder / PREVIOUS):
             if path.is_file():
                 return given, path
-    if text.startswith(config_heading("fit")):
+    config = given / CONFIG
+    if config.is_file() and config.read_text(encoding="utf-8").startswith(config_heading("fit")):
         return given, config
     what = "holds no checkpoint, and is not of a fit that was about to begin" if given.is_dir() else "does not exist"
     raise InputError(f"resume={str(given)!r} {what}; give the folder of a run")
+
+
+def find_newest(root: Path) -> Path | None:
+    """Finds the newest run below a folder that has a checkpoint.
+
+    Returns:
+        The folder that holds its ``best.ckpt`` or ``last.ckpt``, or both; None if no run has any.
+    """
+    folders = {path.parent for path in root.glob("**/checkpoints/*.ckpt")}
+    for config in root.glob(f"**/{CONFIG}"):
+        if not (config.parent / "checkpoints").is_dir():  # they may lie elsewhere
+            with config.open(encoding="utf-8", errors="replace") as file:
+                if file.readline() == config_heading("fit"):
+                    folders.update(_checkpoint_folders(config.parent))
+    written = [path for folder in folders for path in (folder / BEST, folder / LAST) if path.is_file()]
+    return max(written, key=lambda path: path.stat().st_mtime).parent if written else None
+
+
+def _checkpoint_folders(run: Path) -> list[Path]:
+    """Where the checkpoints of a run may lie: below it, or where its config says."""
+    config, content = run / CONFIG, None
+    if config.is_file():
+        with suppress(yaml.YAMLError, UnicodeDecodeError):  # of an editor's making; whoever parses it will say so
+            content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    content = content if isinstance(content, dict) else {}
+    elsewhere = [(content.get(section) or {}).get("dirpath") for section in ("last_checkpoint", "checkpoint")]
+    return [run / "checkpoints", *map(Path, filter(None, elsewhere))]
 
 
 def config_heading(command: str) -> str:
@@ -355,10 +589,12 @@ def _validates_after(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def _keep_as(path: Path, name: Path) -> None:
-    """Gives a file a second name, so that it stays when the first is given to another."""
-    with whole(name) as temporary:
+    """Gives a file a second name, so that it stays when the first is given to another; one that is gone has none."""
+    with suppress(FileNotFoundError), whole(name) as temporary:
         try:
             os.link(path, temporary)
+        except FileNotFoundError:  # somebody has moved it away
+            raise
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
 

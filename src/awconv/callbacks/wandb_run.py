@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
-from awconv.callbacks.checkpoints import LAST
+from awconv.callbacks.checkpoints import LAST, direction
 from awconv.callbacks.network_summary import count_parameters
 from awconv.errors import require, require_number
 from awconv.tasks import ClassificationTask, DetectionTask
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 _MODES = ("online", "offline", "disabled")
 _AXIS = "trainer/global_step"
-# How names end, after the slash, of which the largest or the smallest value goes into the summary.
-_HIGHER_IS_BETTER, _LOWER_IS_BETTER = ("acc", "map", "mar"), ("loss",)
 _GIT_SECONDS = 5
 
 
@@ -277,12 +275,7 @@ def describe_runs(loggers: Sequence[Logger], experiment: str, **about: Any) -> N
 
 def _best(name: str) -> str | None:
     """``max`` or ``min``, whichever is the better of a metric's values; None where neither is."""
-    split, _, measured = name.rpartition("/")
-    if split == "test":
-        return None
-    if measured.startswith(_HIGHER_IS_BETTER):
-        return "max"
-    return "min" if measured.startswith(_LOWER_IS_BETTER) or measured.endswith(_LOWER_IS_BETTER) else None
+    return None if name.startswith(("test/", "attention/")) else direction(name)
 
 
 def _is_nan(value: Any) -> bool:

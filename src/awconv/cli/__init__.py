@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -33,6 +33,7 @@ from awconv.callbacks import (
 )
 from awconv.callbacks.checkpoints import LAST, read_checkpoint
 from awconv.callbacks.wandb_run import describe_runs
+from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
@@ -115,12 +116,6 @@ class AWConvCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.set_defaults(
             {
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-                # a slash in a metric's name would become a folder
-                "checkpoint.auto_insert_metric_name": False,
-                # best.ckpt is replaced by a better one rather than joined by best-v1.ckpt
-                "checkpoint.enable_version_counter": False,
                 "trainer.default_root_dir": "runs",
                 "trainer.logger": {
                     "class_path": "awconv.callbacks.MetricsFile",
@@ -159,15 +154,14 @@ class AWConvCLI(LightningCLI):
         typed, self.config = self.config, self.config.clone()
         config = self.config[self.subcommand]
         self._require_weights(config)
-        task = _require_one_kind(config)
-        if config.checkpoint.monitor is None:
-            config.checkpoint.monitor = getattr(task, "monitor", "val/acc1")
+        _require_one_kind(config)
         self.run_dir = choose_folder(config, str(self.subcommand))
         config.trainer.default_root_dir = self.run_dir
         lead_loggers(config, self.run_dir)
         for section in (config.checkpoint, config.last_checkpoint):
             if section.dirpath is None:
                 section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
+        _lead_checkpoints(config.trainer.callbacks, str(config.checkpoint.dirpath))
         self._folder_is_new = not os.path.lexists(self.run_dir)
         self.save_config_kwargs = {
             "run_dir": self.run_dir,
@@ -257,7 +251,7 @@ class AWConvCLI(LightningCLI):
         """Notes where a resumed run begins."""
         if path := self.config[self.subcommand].ckpt_path:
             checkpoint = read_checkpoint(Path(path), "ckpt_path")
-            if not {"global_step", "epoch"} <= checkpoint.keys():
+            if not {"global_step", "epoch", "loops", "optimizer_states"} <= checkpoint.keys():
                 raise InputError(
                     f"ckpt_path={path} holds weights, and not the state of a run; start from them with "
                     "--model.initial_weights"
@@ -280,7 +274,8 @@ class AWConvCLI(LightningCLI):
         if not self.config[self.subcommand].test_after_fit or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # by its path: "best" makes Lightning warn that there are two checkpoint callbacks
-        best = getattr(self._get(self.config_init, "checkpoint"), "best_model_path", "")
+        keepers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
+        best = keepers[0].best_model_path if keepers else ""
         if not best and self.trainer.is_global_zero:
             print("no best checkpoint was written (nothing was validated): testing the last weights", file=sys.stderr)
         results = self.trainer.test(
@@ -310,7 +305,7 @@ class _Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # abbreviations would slip past what looks for --ckpt_path and --config
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **{**kwargs, "parser_mode": config_text.MODE})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         fail(one_line(message, self))
@@ -340,11 +335,19 @@ _KINDS = {
 }
 
 
-def _require_one_kind(config: Any) -> type:
-    """Refuses a classifier on boxes, or a detector on classes, and gives the task's class."""
+def _lead_checkpoints(callbacks: Any, folder: str) -> None:
+    """Lets Lightning's own checkpoint callbacks write beside best.ckpt, whatever the loggers are."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
+        kind = resolve_name(callback.class_path)
+        if isinstance(kind, type) and issubclass(kind, ModelCheckpoint) and callback.init_args.dirpath is None:
+            callback.init_args.dirpath = folder
+
+
+def _require_one_kind(config: Any) -> None:
+    """Refuses a classifier on boxes, or a detector on classes."""
     task, data = (resolve_name(config[section].class_path) for section in ("model", "data"))
     if not (isinstance(task, type) and isinstance(data, type)):  # functions that make them
-        return L.LightningModule
+        return
     for kind, (task_base, _, *configs) in _KINDS.items():
         other = next((name for name in _KINDS if name != kind and issubclass(data, _KINDS[name][1])), None)
         if issubclass(task, task_base) and other:
@@ -353,4 +356,3 @@ def _require_one_kind(config: Any) -> type:
                 f"model={task.__name__} is for {kind} and data={data.__name__} for {other}; "
                 f"give a recipe and a model of one kind, such as {fitting}"
             )
-    return task

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from importlib.resources import files
 from operator import or_
@@ -14,7 +14,9 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 
-from awconv.callbacks.checkpoints import find_run, read_checkpoint
+from awconv.callbacks import BestCheckpoint
+from awconv.callbacks.checkpoints import find_newest, find_run, read_checkpoint
+from awconv.cli import config_text
 from awconv.errors import InputError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -73,7 +75,7 @@ def complete(args: list[str]) -> list[str]:
         flags.append(f"--ckpt_path={checkpoint}")
         base = _checkpoint_config(checkpoint, subcommand, has_config=bool(configs))
     elif not any(_names_a_class(config) for config in configs):
-        base = files("awconv.cli").joinpath("default.yaml").read_text()
+        base = files("awconv.cli").joinpath("default.yaml").read_text(encoding="utf-8")
     ordered = [base, *paths] if base else paths
     if checkpoint and any(_initial_weights(config) for config in configs):
         # the checkpoint's weights replace those that a recipe starts from, which nobody should have to fetch again
@@ -136,7 +138,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {there[near[0]]}?" if near else "; give a YAML file"
         raise InputError(f"config {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = config_text.load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -157,13 +159,19 @@ def _refuse_linked(flags: list[str], configs: list[dict[str, Any]]) -> None:
 
 def _resolve_checkpoint(value: str, root: Path) -> Path:
     if value in ("last", "best"):
-        found = sorted(root.glob(f"**/checkpoints/{value}.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        folder = find_newest(root)
+        if folder is None:
+            raise InputError(f"ckpt_path={value!r}: no run under {root}/ has a checkpoint; train one or give its path")
+        path = folder / f"{value}.ckpt"
+        if not path.is_file():
+            other = folder / ("last.ckpt" if value == "best" else "best.ckpt")
+            why = "nothing was validated, or only NaN was measured" if value == "best" else "no epoch has ended"
             raise InputError(
-                f"ckpt_path={value!r}: no run under {root}/ has a {value}.ckpt; train one or give its path"
+                f"ckpt_path={value!r}: the newest run, {folder.parent}, has no {path.name} ({why}); give {other}, or "
+                "the checkpoint of another run"
             )
-        print(f"ckpt_path={value}: {found[-1]}", file=sys.stderr)
-        return found[-1]
+        print(f"ckpt_path={value}: {path}", file=sys.stderr)
+        return path
     path = Path(value)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -178,8 +186,13 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
         if has_config:
             return None
         raise InputError(f"ckpt_path={str(path)!r} carries no config; give with -c the configs it was trained with")
-    if subcommand != "fit":
-        config = {key: config[key] for key in ("seed_everything", "data", "model", "checkpoint") if key in config}
+    if subcommand == "fit":
+        # earlier versions took all options of Lightning's ModelCheckpoint
+        known = inspect.signature(BestCheckpoint).parameters
+        config["checkpoint"] = {key: value for key, value in (config.get("checkpoint") or {}).items() if key in known}
+        _keep_what_was_found(config, checkpoint)
+    else:
+        config = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
     model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
     if "initial_weights" in model:
         model["initial_weights"] = None  # they are in the checkpoint
@@ -187,5 +200,22 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
         if name in data:
             # the classes that the network knows: pictures can be predicted where the data set itself is not
             data[name] = checkpoint.get("hyper_parameters", {}).get(name)
-    dumped: str = yaml.safe_dump(config)
-    return dumped
+    return config_text.dump(config)
+
+
+def _keep_what_was_found(config: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
+    """Lets a run go on with the learning rate and batch size that it found, and not look for them again."""
+    callbacks = config["trainer"].get("callbacks")
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    sought = {"LearningRateFinder": ("model", "hyper_parameters", "lr")}
+    sought["BatchSizeFinder"] = ("data", "datamodule_hyper_parameters", "batch_size")
+    for callback in list(callbacks):
+        name = str(callback["class_path"]).rpartition(".")[2]
+        if name in sought:
+            callbacks.remove(callback)
+            section, source, argument = sought[name]
+            found = checkpoint.get(source, {}).get(argument)
+            if found is not None:
+                config[section].setdefault("init_args", {})[argument] = found
+                print(f"{section}.{argument}={found:.6g}, as {name} found it when the run began", file=sys.stderr)
+    config["trainer"]["callbacks"] = callbacks or None
