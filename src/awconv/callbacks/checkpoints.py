@@ -43,8 +43,6 @@ class BestCheckpoint(ModelCheckpoint):
         dirpath: Folder of the file; the command line gives it the run's ``checkpoints/``.
         monitor: Name of the metric; null takes the task's own.
         mode: ``min`` or ``max``; null follows from the metric's name, see :func:`direction`.
-        save_weights_only: Leave out the states of optimiser and loops, without which no run can be resumed from the
-            file.
 
     Raises:
         InputError: If nothing tells whether a higher value of the metric is better.
@@ -55,14 +53,12 @@ class BestCheckpoint(ModelCheckpoint):
         dirpath: str | Path | None = None,
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
-        save_weights_only: bool = False,
     ) -> None:
         super().__init__(
             dirpath,
             filename="best",
             monitor=monitor,
             mode=mode or "max",
-            save_weights_only=save_weights_only,
             enable_version_counter=False,
         )
         self._mode_is_given = mode is not None
@@ -81,14 +77,19 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         own = getattr(pl_module, "monitor", "val/acc1")
         self.monitor = self.monitor or own
+        better = direction(self.monitor)
         if not self._mode_is_given:
-            mode = direction(self.monitor) or ("max" if self.monitor == own else None)
-            if mode is None:
+            if better is None and self.monitor != own:
                 raise InputError(
                     f"checkpoint.monitor={self.monitor!r}: the name does not tell whether a higher or a lower value is "
                     "better; give --checkpoint.mode max or min"
                 )
-            self.mode = mode
+            self.mode = better or "max"
+        elif better not in (None, self.mode):
+            raise InputError(
+                f"checkpoint.mode={self.mode!r}: a {'higher' if better == 'max' else 'lower'} {self.monitor} is "
+                "better; leave mode out"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses to write over the checkpoints of another run, and what contradicts itself."""
@@ -177,26 +178,31 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes over the best of the run that is resumed, value and file."""
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or trainer.ckpt_path is None:  # a tuner restores what it has saved
             return
         source, here = Path(str(trainer.ckpt_path)), Path(self.dirpath or "", BEST)
         in_place = os.path.realpath(source.parent) == os.path.realpath(here.parent)
-        self._resumed |= in_place
-        saved = _Best.of(checkpoint)
-        if saved is None or (saved.step == self.best_step and self.best_model_score is not None):
-            return  # nothing was validated yet, or a tuner restores what it has just saved
         if not in_place:
             self._refuse_those_of_another_run()
-        if (saved.monitor, saved.mode) != (self.monitor, self.mode):
-            self._follow_another_metric(saved, source, in_place)
-            return
+        self._resumed = True
+        saved = _Best.of(checkpoint)
+        if saved is not None and saved.step == self.best_step and self.best_model_score is not None:
+            return  # a tuner does it in a resumed run
         # all look before the first one writes; the file counts, since it may be newer than the checkpoint
-        candidates = {source: saved} if saved.step == checkpoint["global_step"] else {}
-        found = _Best.read(source.parent / BEST, self)
-        if found is not None and (in_place or found.step <= checkpoint["global_step"]):
-            candidates = {source.parent / BEST: found, **candidates}
+        found = _Best.read(source.parent / BEST)
+        if found is not None and not in_place and found.step > checkpoint["global_step"]:
+            found = None
+        for best in (saved, found):
+            if best is not None and (best.monitor, best.mode) != (self.monitor, self.mode):
+                self._follow_another_metric(best, source, in_place)
+                return
+        candidates = {} if found is None else {source.parent / BEST: found}
+        if saved is not None and saved.step == checkpoint["global_step"]:
+            candidates[source] = saved
         trainer.strategy.barrier()
         if not candidates:
+            if saved is None:
+                return
             rank_zero_warn(
                 f"{source.parent / BEST} of step {saved.step} ({self.monitor}={float(saved.score):.4g}) is not there "
                 "any more: best.ckpt follows the validations from here on"
@@ -242,16 +248,14 @@ class _Best(NamedTuple):
         return cls(state["monitor"], state["mode"], score, state["best_step"])
 
     @classmethod
-    def read(cls, path: Path, follows: BestCheckpoint) -> "_Best | None":
-        """What ``best.ckpt`` says of itself; None where there is none of the same metric that can be read."""
+    def read(cls, path: Path) -> "_Best | None":
+        """What ``best.ckpt`` says of itself; None where it cannot be read or is not there."""
         try:
             checkpoint = read_checkpoint(path, "checkpoint") if path.is_file() else {}
         except InputError:
             return None
         best = cls.of(checkpoint)
-        if best is None or (best.monitor, best.mode) != (follows.monitor, follows.mode):
-            return None
-        return best._replace(step=checkpoint["global_step"])
+        return None if best is None else best._replace(step=checkpoint["global_step"])
 
 
 def direction(metric: str) -> Literal["min", "max"] | None:
@@ -377,6 +381,12 @@ class LastCheckpoint(Checkpoint):
         resumed = Path(str(trainer.ckpt_path))
         in_place = os.path.realpath(resumed.parent) == os.path.realpath(str(self.dirpath))
         self._newest = (resumed, trainer.global_step) if in_place and resumed.is_file() else None
+        if self._newest is not None and resumed.name not in (LAST, PREVIOUS):
+            # it may be replaced before last.ckpt is
+            previous = resumed.with_name(PREVIOUS)
+            if trainer.is_global_zero:
+                _keep_as(resumed, previous)
+            self._newest = previous, trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in _PREEMPTIONS:
                 # in the place of Lightning's own, which in several processes calls a collective out of turn; Lightning
