@@ -2,6 +2,8 @@ import inspect
 import os
 import subprocess
 import sys
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -10,6 +12,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,6 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from awconv.callbacks import LastCheckpoint
 from awconv.data import (
     IGNORE_INDEX,
     CIFAR10DataModule,
@@ -415,6 +420,76 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(tmp_path):
     for ours, theirs in zip(rest.batches["train"], whole.batches["train"][10:], strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
+
+
+class Numbered(PatchesDataModule):
+    """Every sample has a class of its own, by which it is known."""
+
+    def __init__(self, size: int, **common: Any) -> None:
+        super().__init__(size, image_size=2, num_workers=0, **common)
+        self.class_names = [str(index) for index in range(size)]
+
+    def load(self, split, transform):
+        samples = Patches(self.size, transform)
+        return [(samples[index][0], index) for index in range(self.size)]
+
+
+class Interrupted(Watch):
+    """Notes which samples it has trained on, and which of them the last checkpoint knows of."""
+
+    def __init__(self, size: int, stop_after: int | None) -> None:
+        super().__init__(3 * 2 * 2, size)
+        self.seen, self.saved, self.stop_after = [], [], stop_after
+
+    def training_step(self, batch):
+        if self.stop_after is not None and len(self.seen) >= self.stop_after:
+            raise InterruptedError
+        self.seen.append((self.current_epoch, batch[1].tolist()))
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def on_save_checkpoint(self, checkpoint):
+        self.saved = list(self.seen)
+
+
+@given(
+    size=st.integers(6, 40),
+    runs=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 3), st.integers(1, 6)), min_size=1, max_size=3),
+    last=st.tuples(st.integers(1, 7), st.integers(1, 3), st.none()),
+)
+@settings(max_examples=30, deadline=None, phases=[Phase.reuse, Phase.generate])
+def test_an_interrupted_epoch_is_trained_on_once_whatever_changes(tmp_path_factory, size, runs, last):
+    """Each run: batch size, accumulated batches, and how many batches until it is interrupted."""
+    folder = tmp_path_factory.mktemp("run")
+    seen, checkpoint = [], None
+    for batch_size, accumulated, stop_after in [*runs, last]:
+        seed_everything(4)
+        module = Interrupted(size, stop_after)
+        left = size - sum(len(batch) for epoch, batch in seen if epoch == seen[-1][0])
+        run = trainer(
+            folder,
+            epochs=2,
+            accumulate_grad_batches=accumulated,
+            enable_checkpointing=True,
+            callbacks=[LastCheckpoint(str(folder), every_n_steps=1)],
+            limit_val_batches=0,
+        )
+        data, refused = Numbered(size, batch_size=batch_size), None
+        with suppress(InterruptedError):
+            try:
+                run.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+            except InputError as error:
+                refused = str(error)
+        if refused is not None:
+            assert f"batch_size={batch_size}: {left} samples a process are left of the epoch" in refused
+            assert left < batch_size
+            return
+        seen += module.seen if stop_after is None else module.saved
+        if (folder / "last.ckpt").is_file():
+            checkpoint = folder / "last.ckpt"
+    for epoch in (0, 1):
+        counts = Counter(index for number, batch in seen if number == epoch for index in batch)
+        assert set(counts.values()) <= {1}
+        assert size - len(counts) < max(batch_size for batch_size, *_ in [*runs, last])
 
 
 def test_overfit_batches(tmp_path):

@@ -1,5 +1,6 @@
 import random
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from awconv.data.loading import (
     IGNORE_INDEX,
     EvaluationSampler,
     EvaluationSet,
+    GroupedSampler,
     Loader,
+    Part,
     TrainingSampler,
     TrainingSet,
     collate,
@@ -123,6 +126,40 @@ def test_training_order_is_that_of_torchs_distributed_sampler(size, world, epoch
         assert {number for number, _ in keys} == {epoch}
         seen += [index for _, index in keys]
     assert set(seen) == set(range(size))
+
+
+@given(
+    groups=st.lists(st.integers(0, 2), min_size=1, max_size=60),
+    grouped=st.booleans(),
+    parts=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 4)), min_size=1, max_size=4),
+    epoch=st.integers(0, 3),
+)
+@settings(max_examples=200, deadline=None)
+def test_an_epoch_in_parts_of_other_batches_and_processes_misses_and_repeats_no_sample(groups, grouped, parts, epoch):
+    """Each part: batch size, processes, and how many batches until the run is interrupted."""
+    groups, options = np.array(groups), {"groups": np.array(groups)} if grouped else {}
+    kind = GroupedSampler if grouped else TrainingSampler
+    seen, before = [], []
+    for batch_size, processes, batches in parts:
+        samplers = [
+            kind(groups, processes, rank, seed=9, batch_size=batch_size, **options) for rank in range(processes)
+        ]
+        now = [*before, Part(batch_size, processes, 0)]
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            sampler.parts = lambda _, now=now: (9, now)
+        shares = [[index for _, index in sampler] for sampler in samplers]
+        assert len({len(share) for share in shares}) == 1
+        batches = min(batches, len(shares[0]) // batch_size)
+        seen += [index for share in shares for index in share[: batches * batch_size]]
+        before.append(Part(batch_size, processes, batches * batch_size * processes))
+        rest = [index for share in shares for index in share[batches * batch_size :]]
+    # only what fills the processes up to equally many comes again
+    again = [index for index, count in Counter(seen + rest).items() if count > 1]
+    assert sorted({*seen, *rest}) == list(range(len(groups)))
+    assert len(again) <= sum(processes - 1 for _, processes, _ in parts)
+    if all(processes == 1 for _, processes, _ in parts):
+        assert again == []
 
 
 def training_loader(size=24, workers=0, seed=5, batch_size=4):
