@@ -363,6 +363,20 @@ def test_the_most_mistakes_and_a_fixed_sample(tmp_path, drawn, batch_size):
     }  # fmt: skip
 
 
+def test_pictures_are_called_as_in_the_annotation_file(tmp_path, drawn):
+    root = miniature.make_coco(tmp_path / "coco", train=2, val=5, test=1)
+    path = root / "annotations/instances_val2017.json"
+    path.write_text(re.sub(r'("image_id": |"images": .*?"id": |, \{"id": )(\d{6})', r'\1"n\2"', path.read_text()))
+    names = [image["id"] for image in json.loads(path.read_text())["images"]]
+    assert len(names) == 5
+    assert all(name.startswith("n") for name in names)
+    data = COCODataModule(str(root), num_workers=0)
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    fit(tmp_path, Detector(dict.fromkeys(range(5), nothing)), None, DetectionMedia(), datamodule=data)
+    for (shown, *_), _ in drawn["draw_detection_sheet"]:
+        assert sorted(entry.caption.split()[1].strip(",") for entry in shown) == sorted(names)
+
+
 def test_detections_without_a_metric_or_names(tmp_path, drawn):
     samples, detections = evaluated()
 
