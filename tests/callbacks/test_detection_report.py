@@ -235,7 +235,7 @@ def test_results_file_scores_in_pycocotools_what_the_table_says(tmp_path, capsys
 
 
 def test_results_are_in_the_terms_of_the_annotation_file(tmp_path, sheets):
-    """Of a file whose image ids are text and whose sizes are as stored: the truth, detected, is the file's own boxes."""
+    """With image ids that are text and sizes as stored, the detected ground truth is the file's own boxes."""
     (tmp_path / "pictures").mkdir()
     content = {"images": [], "categories": [{"id": "7", "name": "cat"}], "annotations": []}
     for number, orientation in ((10, 1), (9, 6), (100, 3)):
