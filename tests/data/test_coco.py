@@ -279,12 +279,14 @@ def test_a_byte_order_mark_is_no_offence(read):
 # ---- boxes and pictures
 
 
+@pytest.mark.filterwarnings("error")
 def test_boxes_that_leave_their_picture(read, folder):
     boxes = [
         [-1, -1, 42, 32],  # a pixel on each side: rounded
         [39, 29, 2, 2.0000001],
         [-1.5, 0, 10, 10],  # more
         [0, 0, 10, 900],
+        [0, 0, 1e300, 5],
         [10, 10, 0, 5],  # no area
         [10, 10, 5, -5],
         [50, 0, 10, 10],  # outside
@@ -292,10 +294,10 @@ def test_boxes_that_leave_their_picture(read, folder):
         [40, 5, 1, 5],  # a pixel out, and nothing of it within
     ]
     found = fitted(read(document(annotations=boxes_of(*boxes))), folder)
-    expected = [[-1, -1, 41, 31], [39, 29, 41, 31], [0, 0, 8.5, 10], [0, 0, 10, 30]]
+    expected = [[-1, -1, 41, 31], [39, 29, 41, 31], [0, 0, 8.5, 10], [0, 0, 10, 30], [0, 0, 40, 5]]
     assert np.array_equal(found.boxes, np.array(expected, dtype=np.float32))
-    assert (found.clipped, found.dropped) == (2, 5)
-    assert found.offsets.tolist() == [0, 4, 4]
+    assert (found.clipped, found.dropped) == (3, 5)
+    assert found.offsets.tolist() == [0, 5, 5]
 
 
 side = st.one_of(st.floats(-30, 80), st.integers(-30, 80))
@@ -612,6 +614,32 @@ def test_boxes_tell_where_the_sizes_lie(read, folder, boxes_of_upright):
     assert (found.clipped, found.dropped) == (0, 0)
     (note,) = found.notes
     assert ("where they fit, though width and height are given as stored" in note) == boxes_of_upright
+
+
+@pytest.mark.parametrize("others", ["stored", "upright", "both"])
+def test_where_the_size_does_not_decide_the_other_images_do(read, folder, others):
+    content = document()
+    content["images"], content["annotations"] = [], []
+    for number, (orientation, size) in enumerate([(3, (40, 30)), (6, (30, 30)), (6, (40, 30)), (8, (40, 30))]):
+        exif = PIL.Image.Exif()
+        exif[0x0112] = orientation
+        PIL.Image.new("RGB", size).save(folder / f"{number}.png", exif=exif)
+        if number == 2 and others == "upright" or number == 3 and others != "stored":
+            size = size[::-1]
+        content["images"].append({"id": number, "file_name": f"{number}.png", "width": size[0], "height": size[1]})
+        content["annotations"].append({"image_id": number, "category_id": 2, "bbox": [1, 2, 3, 4]})
+    found = fitted(read(content), folder)
+    turned = {"stored": [3, 6, 6, 8], "upright": [1, 1, 1, 1], "both": [1, 1, 6, 1]}[others]
+    assert found.orientations.tolist() == turned
+    expected = {1: [1, 2, 4, 6], 3: [36, 24, 39, 28], 6: [24, 1, 28, 4], 8: [2, 36, 6, 39]}
+    assert found.boxes.tolist() == [expected[orientation] for orientation in turned]
+    (note,) = found.notes
+    how = {
+        "stored": "their boxes are turned upright with them",
+        "upright": "their boxes are taken to be of the upright image, as",
+        "both": "the boxes of 1 are turned upright with them",
+    }[others]
+    assert note.startswith(f"4 of its images are stored turned (EXIF): {how}")
 
 
 def test_damaged_or_unusual_exif_turns_nothing(read, folder):

@@ -429,30 +429,37 @@ def test_categories_without_boxes_are_said_before_training(coco_root, said):
     assert "none of its 12 pictures has a box" in error_of(coco(coco_root, keep_empty=True).setup, "fit")
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_bad_pictures_are_left_out_only_where_asked_for(coco_root, said, split):
-    files = sorted((coco_root / f"{split}2017").iterdir())
+def test_bad_images_are_left_out_of_training_alone_and_only_where_asked_for(coco_root, said):
+    def skipping():
+        module = coco(coco_root, keep_empty=True)
+        module.on_bad_image = "skip"
+        return module
+
+    files = sorted((coco_root / "train2017").iterdir())
     files[3].unlink()
     files[4].write_bytes(b"no picture")
     assert " are missing, such as " in error_of(coco(coco_root).setup, "fit")
-    module = coco(coco_root, keep_empty=True)
-    module.on_bad_image = "skip"
+    module = skipping()
     module.setup("fit")
-    count = {"train": 12, "val": 7}[split]
-    assert len(module._dataset(split)) == count - 2
-    lines = [line for line in said if "left out" in line]
-    start = f"{split}_annotations='{coco_root}/annotations/instances_{split}2017.json': 1 of its "
-    assert [line.split(", such as")[0] for line in lines] == [
-        f"{start}{count} images left out, which are missing",
-        f"{start}{count - 1} images left out, which cannot be read",
+    assert len(module._dataset("train")) == 10
+    start = f"train_annotations='{train_json(coco_root)}': 1 of its "
+    assert [line.split(", such as")[0] for line in said if "left out" in line] == [
+        f"{start}12 images left out, which are missing",
+        f"{start}11 images left out, which cannot be read",
     ]
-    # what turns out to be damaged later
+    # one that turns out to be damaged later
     files[5].write_bytes(files[5].read_bytes()[:-900])
-    if split == "train":
-        with pytest.warns(UserWarning, match=f"skipped {files[5]}"):
-            assert len(samples(module, split)) == 10
-    else:
-        assert error_of(lambda: list(module._dataset(split))).startswith(f"{files[5]}: ")
+    with pytest.warns(UserWarning, match=f"skipped {files[5]}"):
+        assert len(samples(module, "train")) == 10
+    # the average precision of fewer images would be another one
+    val = sorted((coco_root / "val2017").iterdir())[3]
+    whole = val.read_bytes()
+    val.write_bytes(whole[:-900])
+    module = skipping()
+    module.setup("validate")
+    assert error_of(lambda: list(module._dataset("val"))).startswith(f"{val}: ")
+    val.unlink()
+    assert "1 of the 7 pictures of val_annotations=" in error_of(skipping().setup, "validate")
 
 
 def test_given_categories_that_agree_change_nothing(coco_root):

@@ -113,7 +113,7 @@ class COCOAnnotations:
         Raises:
             InputError: An annotation is of none of them, or an id has another name.
         """
-        expected = dict(zip(category_ids, class_names, strict=True))
+        expected = dict(zip(category_ids, map(_normal, class_names), strict=True))
         places = {number: label for label, number in enumerate(expected, start=1)}
         counts = np.bincount(self.labels, minlength=len(self.category_ids) + 1)
         own = dict(zip(self.category_ids, self.class_names, strict=True))
@@ -137,9 +137,11 @@ class COCOAnnotations:
     def check_pictures(self, folder: str, argument: str, remedy: str, skip_bad: bool = False) -> "COCOAnnotations":
         """Find the pictures, compare their sizes with those in the file, and fit the boxes into them.
 
-        Only the heads of the pictures are read. Pictures are used upright; the boxes of one that is stored turned
-        (EXIF) are turned with it where the file's width and height are as stored, and else are taken to be of the
-        upright picture.
+        Only the heads of the images are read. Images are used upright. The boxes of one that is stored turned (EXIF)
+        are turned with it where the file's width and height are those of the image as stored, unless its boxes fit
+        the upright image better; else they are taken to be of the upright image, as viewers show it. Where the size
+        does not decide (it is missing, the image is square, or turned by half or mirrored), the boxes are taken as
+        those of the file's other images are, and of the upright image if the others do not agree.
 
         COCO's boxes are rounded, so that one that leaves its picture by up to a pixel is kept as it is: the official
         average precision is that of the boxes in the file. One that leaves it by more is cut off, and one that has no
@@ -196,20 +198,24 @@ class COCOAnnotations:
         height, width, orientation = np.array([head for head in heads if isinstance(head, Head)]).T
         stored = np.stack([height, width], axis=1)
         upright = np.where(orientation[:, None] >= 5, stored[:, ::-1], stored)
-        as_upright = (kept.sizes == upright).all(axis=1) | (kept.sizes == 0).any(axis=1)
-        as_stored = (kept.sizes == stored).all(axis=1) & ~as_upright
+        unknown = (kept.sizes == 0).any(axis=1)
+        as_stored = (kept.sizes == stored).all(axis=1) | unknown
+        as_upright = (kept.sizes == upright).all(axis=1) | unknown
         if not (as_upright | as_stored).all():
             raise kept._wrong_sizes(~(as_upright | as_stored), stored, orientation, folder, argument)
         # Some tools annotate the upright image and then write the size that the head of its file says.
-        owners = kept.owners
+        owners, sideways = kept.owners, as_stored & ~as_upright
         better = _lie_within(kept.boxes, stored[owners]) * 1 - _lie_within(kept.boxes, upright[owners])
-        turned = as_stored & (better[as_stored[owners]].sum() >= 0)
+        turned = sideways & (better[sideways[owners]].sum() >= 0)
+        if turned.any() and as_stored.all():
+            # those whose size says nothing, such as square ones, are what the others of the file are
+            turned = orientation > 1
         boxes = kept.boxes.copy()
         for kind in np.unique(orientation[turned]).tolist():
             rows = (turned & (orientation == kind))[owners]
             boxes[rows] = turn_boxes(boxes[rows], kind, stored[owners][rows])
         if (orientation > 1).any():
-            notes = (*notes, _turned_note(int((orientation > 1).sum()), int(as_stored.sum()), int(turned.sum())))
+            notes = (*notes, _turned_note(int((orientation > 1).sum()), int(sideways.sum()), int(turned.sum())))
         return dataclasses.replace(
             kept, sizes=upright, boxes=boxes, orientations=np.where(turned, orientation, 1), notes=notes
         )
@@ -231,9 +237,10 @@ class COCOAnnotations:
         """Fit the boxes into their pictures."""
         sizes = self.sizes[self.owners]
         outside = ~_lie_within(self.boxes, sizes)
+        inside = _clip(self.boxes, sizes)
+        boxes = np.where(outside[:, None], inside, self.boxes).astype(np.float32)
         # what the networks get is float32, in which a sliver may have lost its width
-        inside = _clip(self.boxes, sizes).astype(np.float32)
-        boxes = np.where(outside[:, None], inside, self.boxes.astype(np.float32))
+        inside = inside.astype(np.float32)
         real = (inside[:, 2:] > inside[:, :2]).all(axis=1)
         filled = np.where(np.isnan(self.area), (boxes[:, 2:] - boxes[:, :2]).prod(axis=1), self.area)
         clipped, dropped = int((outside & real).sum()), int((~real).sum())

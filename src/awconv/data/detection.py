@@ -156,7 +156,7 @@ class COCODataModule(BaseDataModule):
         if test_annotations is not None and test_images is not None:
             self._arguments["test"] = ("test_annotations", test_annotations, "test_images", test_images)
         self._read: dict[str, COCOAnnotations] = {}
-        self._checked: dict[tuple[str, str], COCOAnnotations] = {}
+        self._checked: dict[tuple[str, str, bool], COCOAnnotations] = {}
 
     # ---- categories
 
@@ -228,7 +228,7 @@ class COCODataModule(BaseDataModule):
             unseen = shown_categories([(category_ids[label - 1], class_names[label - 1]) for label in sorted(without)])
             verb = "has" if len(without) == 1 else "have"
             rank_zero_info(f"{source}: {len(without)} of the {len(class_names)} categories {verb} no boxes: {unseen}")
-        return COCODataset(training, folder, self.train_transform(), self._skips_bad)
+        return COCODataset(training, folder, self.train_transform(), self._skips_bad(split))
 
     def _below_root(self, path: str) -> str:
         return os.path.join(self.root, path)
@@ -250,17 +250,17 @@ class COCODataModule(BaseDataModule):
     def _with_pictures(self, split: Split) -> COCOAnnotations:
         *_, argument, value = self._arguments[split]
         annotations, folder = self._annotations(split), self._below_root(value)
-        key = (annotations.source, folder)
+        key = (annotations.source, folder, self._skips_bad(split))
         if key not in self._checked:
-            checked = annotations.check_pictures(folder, argument, self._remedy(argument), self._skips_bad)
+            checked = annotations.check_pictures(folder, argument, self._remedy(argument), self._skips_bad(split))
             for note in checked.notes:
                 rank_zero_info(f"{annotations.source}: {note}")
             self._checked[key] = checked
         return self._checked[key]
 
-    @property
-    def _skips_bad(self) -> bool:
-        return getattr(self, "on_bad_image", None) == "skip"
+    def _skips_bad(self, split: Split) -> bool:
+        # an average precision over fewer images could not be compared with any other
+        return split == "train" and getattr(self, "on_bad_image", None) == "skip"
 
     # ---- transforms and batches
 
