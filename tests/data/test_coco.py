@@ -624,7 +624,7 @@ def test_where_the_size_does_not_decide_the_other_images_do(read, folder, others
         exif = PIL.Image.Exif()
         exif[0x0112] = orientation
         PIL.Image.new("RGB", size).save(folder / f"{number}.png", exif=exif)
-        if number == 2 and others == "upright" or number == 3 and others != "stored":
+        if (number == 2 and others == "upright") or (number == 3 and others != "stored"):
             size = size[::-1]
         content["images"].append({"id": number, "file_name": f"{number}.png", "width": size[0], "height": size[1]})
         content["annotations"].append({"image_id": number, "category_id": 2, "bbox": [1, 2, 3, 4]})
