@@ -287,9 +287,9 @@ class DetectionReport(RunFiles):
 
 
 def own_terms(loaders: Any) -> tuple[Callable[[int], Any], Callable[[Any], Any]]:
-    """What puts image ids and COCO results into the terms of the annotation file behind a loader, or the first of some.
+    """Functions that put an image id and COCO results into the terms of the annotation file.
 
-    Nothing is changed where there is no :class:`awconv.data.coco.COCODataset` behind it.
+    They change nothing where the first loader does not read a :class:`awconv.data.coco.COCODataset`.
     """
     dataset = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
     while dataset is not None:

@@ -49,7 +49,7 @@ class COCOAnnotations:
         annotated: Whether the file lists annotations at all; one of a test set may not.
         image_ids: int64 (N,): the ids of the file, or where these are not all whole numbers of 64 bits, the place of
             each in pycocotools' order.
-        own_ids: The ids of the file, objects (N,), where `image_ids` are not.
+        own_ids: The ids of the file, objects (N,); None where `image_ids` are these.
         file_names: Names below the folder of pictures, encoded (N,); as in the file, and as on the disk once the
             pictures were found.
         sizes: Height and width in pixels, int64 (N, 2); 0 where the file does not say. Once the pictures were found,
@@ -103,7 +103,8 @@ class COCOAnnotations:
     ) -> "COCOAnnotations":
         """Number the labels by these categories instead of the file's own list.
 
-        The file may list fewer of them, as some tools list what occurs, and others besides that have no annotations.
+        The file may list only some of them, as tools do that list what occurs. Categories that are not among them may
+        have no annotations.
 
         Args:
             category_ids: K ids; the first gets label 1.
@@ -111,7 +112,7 @@ class COCOAnnotations:
             source: Where they come from, for messages.
 
         Raises:
-            InputError: An annotation is of none of them, or an id has another name.
+            InputError: An annotation is of another category, or an id has another name.
         """
         expected = dict(zip(category_ids, map(_normal, class_names), strict=True))
         places = {number: label for label, number in enumerate(expected, start=1)}
@@ -342,9 +343,9 @@ def _lie_within(boxes: Array, sizes: Array) -> Array:
 def read_annotations(path: str, argument: str, remedy: str) -> COCOAnnotations:
     """Read and check a file in COCO's format of object instances, or of images without annotations.
 
-    It reads what pycocotools reads, and what else has one meaning alone: ids are whole numbers or text (of images,
-    fractions too), and so may numbers be text; an entry may be there twice where nothing differs. Categories are
-    numbered in the order of their ids, from 1: COCO's 80 ids lie between 1 and 90.
+    It reads what pycocotools reads, and whatever else can mean only one thing. Ids are whole numbers or text (those of
+    images may be fractions), and numbers may be written as text. An entry may be repeated if nothing differs. Labels
+    number the categories from 1 in the order of their ids: COCO's 80 ids lie between 1 and 90.
 
     Args:
         path: The file.

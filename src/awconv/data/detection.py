@@ -173,14 +173,14 @@ class COCODataModule(BaseDataModule):
     def _categories(self) -> tuple[list[CategoryId], list[str]]:
         if self._known is None:
             there = self._splits_there()
-            # the list of training: in those of the others, some tools leave out what does not occur
+            # that of the training file: in other files, some tools list only the categories that occur
             annotations = self._annotations(there[0] if there else "val")
             categories = dict(zip(annotations.category_ids, annotations.class_names, strict=True))
             root = annotations.root
             if root is not None and not any(self._annotations(split).has_boxes_of(root) for split in there):
                 rank_zero_info(
                     f"{annotations.source}: category {shown_categories([(root, categories.pop(root))])} left out: it "
-                    "has no annotations, and is but the supercategory of all the others"
+                    "has no annotations, and is only the supercategory of all the others"
                 )
             refuse_repeated_names(list(categories.values()), annotations.source)
             self._known = (list(categories), list(categories.values()))
