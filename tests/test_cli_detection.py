@@ -85,10 +85,16 @@ def test_an_annotation_file_without_a_section(fit, coco_root, key):
     refused(fit(), "train_annotations", f"no {key}")
 
 
-@pytest.mark.parametrize(("key", "unknown"), [("image_id", 987654), ("category_id", 4321)])
-def test_an_annotation_of_something_unknown(fit, coco_root, key, unknown):
-    edit(coco_root / TRAIN, first_annotation(id=77777, **{key: unknown}))
-    refused(fit(), "77777", str(unknown))
+def test_an_annotation_of_an_unknown_category(fit, coco_root):
+    edit(coco_root / TRAIN, first_annotation(id=77777, category_id=4321))
+    refused(fit(), "77777", "4321")
+
+
+def test_an_annotation_of_an_image_that_is_not_listed(fit, coco_root, caplog):
+    edit(coco_root / TRAIN, first_annotation(id=77777, image_id=987654))
+    code, _, err = fit()
+    assert code == 0, err
+    assert caplog.text.count("such as annotation 77777 of image 987654") == 1
 
 
 def test_a_picture_that_is_missing(fit, coco_root):

@@ -178,7 +178,7 @@ class BoxMeanAveragePrecision(Metric):
             values |= {f"map/{label}": scores["map"] for label, scores in per_class.items()}
         return values
 
-    def results(self, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]] | None:
+    def results(self, category_ids: Sequence[int | str] | None = None) -> list[dict[str, Any]] | None:
         """Gives all detections in COCO's results format, ready for ``json.dump`` and for pycocotools' ``loadRes``.
 
         They are there even if no image has ground truth.
@@ -205,7 +205,8 @@ class BoxMeanAveragePrecision(Metric):
                         f"label {label}, detected on image {image.image_id}, has no category id: expected 1 to "
                         f"{len(category_ids)}, the number of category_ids"
                     )
-                category_id = label if category_ids is None else int(category_ids[label - 1])
+                category_id = label if category_ids is None else category_ids[label - 1]
+                category_id = category_id if isinstance(category_id, str) else int(category_id)
                 results.append({"image_id": image.image_id, "category_id": category_id, "bbox": box, "score": score})
         return results
 

@@ -31,6 +31,7 @@ from awconv.callbacks import (
 )
 from awconv.callbacks.canvas import ink_on
 from awconv.callbacks.detection_figures import PALETTE, colour_of
+from awconv.data import COCODataModule
 from awconv.errors import InputError
 from awconv.metrics import BoxMeanAveragePrecision
 from processes import spawn_two
@@ -231,6 +232,39 @@ def test_results_file_scores_in_pycocotools_what_the_table_says(tmp_path, capsys
     assert f"AP of every class: {folder / 'ap_table.csv'}" in printed
     assert f"precision and recall: {folder / 'precision_recall.png'}" in printed
     assert f"test pictures: {folder / 'test_pictures.png'}" in printed
+
+
+def test_results_are_in_the_terms_of_the_annotation_file(tmp_path, sheets):
+    """With image ids that are text and sizes as stored, the detected ground truth is the file's own boxes."""
+    (tmp_path / "pictures").mkdir()
+    content = {"images": [], "categories": [{"id": "7", "name": "cat"}], "annotations": []}
+    for number, orientation in ((10, 1), (9, 6), (100, 3)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (40, 30)).save(tmp_path / "pictures" / f"{number}.png", exif=exif)
+        image_id = f"scan {number}"
+        content["images"].append({"id": image_id, "file_name": f"{number}.png", "width": 40, "height": 30})
+        content["annotations"].append({"image_id": image_id, "category_id": "7", "bbox": [20, 5, 15, 10]})
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    files = {"val_annotations": "boxes.json", "val_images": "pictures"}
+    data = COCODataModule(str(tmp_path), **files, num_workers=0)
+    data.setup("test")
+    detections = {
+        int(target["image_id"]): {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.tensor([0.5])}
+        for _, targets in data.test_dataloader()
+        for target in targets
+    }
+    assert [found["boxes"].tolist() for found in detections.values()][1] == [[15, 20, 25, 35]]
+    given = ({"datamodule": data}, {"dataloaders": data.test_dataloader()}, {"dataloaders": [data.test_dataloader()]})
+    for number, where in enumerate(given):
+        module = Detector(detections, data.class_names, data.category_ids)
+        make_trainer(tmp_path / str(number), DetectionReport()).test(module, **where, verbose=False)
+        results = json.loads((tmp_path / str(number) / "results.json").read_text())
+        assert sorted(results, key=lambda found: found["image_id"]) == [
+            {"image_id": f"scan {k}", "category_id": "7", "bbox": [20, 5, 15, 10], "score": 0.5} for k in (10, 100, 9)
+        ]
+        assert [entry.caption for entry in sheets[-1]] == ["image scan 10", "image scan 100", "image scan 9"]
+        assert rows_of(tmp_path / str(number) / "ap_table.csv")[1]["category_id"] == "7"
 
 
 def test_results_file_holds_every_detection_once_although_padding_repeats_samples(tmp_path):

@@ -1,6 +1,8 @@
 """ClassificationMedia and DetectionMedia through real trainers: what they choose to show, and when."""
 
+import json
 import math
+import re
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -14,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10
 from torchvision.ops import box_iou
 
+import miniature
 from awconv.callbacks import ClassificationMedia, DetectionMedia, validation_media
 from awconv.callbacks.canvas import spread_rank
 from awconv.callbacks.validation_media import _pictures, count_mistakes
-from awconv.data import CIFAR10DataModule, DigitsDataModule
+from awconv.data import CIFAR10DataModule, COCODataModule, DigitsDataModule
 from awconv.data.loading import EvaluationSet
 from awconv.errors import InputError
 from awconv.metrics import BoxMeanAveragePrecision
@@ -361,6 +364,25 @@ def test_the_most_mistakes_and_a_fixed_sample(tmp_path, drawn, batch_size):
     assert {path.name for path in (tmp_path / "media").iterdir()} == {
         "val_pictures.png", "val_worst_pictures.png", "val_precision_recall.png",
     }  # fmt: skip
+
+
+def test_images_are_called_as_in_the_annotation_file(tmp_path, drawn):
+    root = miniature.make_coco(tmp_path / "coco", train=2, val=5, test=1)
+    path = root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    for entry in content["images"]:
+        entry["id"] = f"n{entry['id']}"
+    for entry in content["annotations"]:
+        entry["image_id"] = f"n{entry['image_id']}"
+    path.write_text(json.dumps(content))
+    data = COCODataModule(str(root), num_workers=0)
+    data.setup("validate")
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    fit(tmp_path, Detector(dict.fromkeys(range(5), nothing), metric=False), data.val_dataloader(), DetectionMedia())
+    names = {entry["id"] for entry in content["images"]}
+    for (shown, *_), _ in drawn["draw_detection_sheet"]:
+        assert {re.split(r"[ ,]+", entry.caption)[1] for entry in shown} == names
+    assert len(drawn["draw_detection_sheet"]) == 2
 
 
 def test_detections_without_a_metric_or_names(tmp_path, drawn):

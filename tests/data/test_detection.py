@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import typing
 from collections import Counter
 from pathlib import Path
 from typing import ClassVar
@@ -141,7 +142,9 @@ def test_all_stages(coco_root, tmp_path, picture_folder):
 
 
 def test_the_test_set_is_the_validation_set_unless_there_is_one(coco_root):
-    module = coco(coco_root)
+    known = coco(coco_root)
+    # from a checkpoint, whose classes are known: the file of training is then left alone
+    module = coco(coco_root, class_names=known.class_names, category_ids=known.category_ids)
     val, test = samples(module, "val"), samples(module, "test")
     assert [int(target["image_id"]) for _, target in val] == [int(target["image_id"]) for _, target in test]
     assert len(module._read) == 1
@@ -218,6 +221,12 @@ def test_bad_values_are_named(argument, value):
         ({"class_names": ["a", "b"], "category_ids": [1]}, "category_ids=[1]: expected one id for each of the 2 class"),
         ({"class_names": ["a", "b"], "category_ids": [2, 1]}, "category_ids=[2, 1]: expected one id for each of the 2"),
         ({"class_names": ["a", "b"], "category_ids": [2, 2]}, "category_ids=[2, 2]: expected"),
+        (
+            {"class_names": ["a", "b"], "category_ids": ["2", "10"]},
+            "category_ids=['2', '10']: expected one id for each",
+        ),
+        ({"class_names": ["a", "b"], "category_ids": ["2", 10]}, "category_ids=['2', 10]: expected one id for each"),
+        ({"class_names": ["a"], "category_ids": [1.5]}, "category_ids=[1.5]: expected whole numbers or text"),
     ],
 )
 def test_arguments_that_go_together(options, phrase):
@@ -234,6 +243,12 @@ def test_the_command_line_sees_every_argument():
     assert set(parsed.data.init_args.keys()) == own | common
     again = yaml.safe_load(parser.dump(parsed))["data"]["init_args"]
     assert (again["scale_jitter"], again["category_ids"]) == ([0.5, 2.0], [1, 3])
+    # text stays text and numbers stay numbers, whatever is asked for first elsewhere: typing takes both for one type
+    assert typing.Optional[list[int | str]] is not None  # noqa: UP045
+    for ids in ([1, 3], ["1", "3"], [3, "3"], ["true", "null"], [2**70]):
+        parsed = parser.parse_args([words[0], f"--data.category_ids={json.dumps(ids)}"])
+        again = parser.parse_string(parser.dump(parsed, format="json"))
+        assert parsed.data.init_args.category_ids == again.data.init_args.category_ids == ids
     for wrong in ("--data.scale_jitter=[0.5]", "--data.batchsize=3", "--data.photometric=maybe"):
         with pytest.raises(Exception, match=r"scale_jitter|batchsize|photometric"):
             parser.parse_args([words[0], wrong])
@@ -260,14 +275,14 @@ def test_categories_are_numbered_by_their_ids(coco_root):
     assert module.category_ids == [1, 3, 18, 44, 90]
     assert module.class_names == ["person", "car", "dog", "bottle", "toothbrush"]
     assert module.num_classes == 5
-    # no pictures were needed for this, and of the files the smallest
-    assert [Path(path).name for path in module._read] == ["instances_val2017.json"]
+    # no pictures were needed for this, and of the files that of training alone
+    assert [Path(path).name for path in module._read] == ["instances_train2017.json"]
 
 
 def test_categories_come_from_whichever_file_is_there(coco_root):
-    val_json(coco_root).unlink()
-    assert coco(coco_root).category_ids == [1, 3, 18, 44, 90]
     train_json(coco_root).unlink()
+    assert coco(coco_root).category_ids == [1, 3, 18, 44, 90]
+    val_json(coco_root).unlink()
     tests = {"test_annotations": "annotations/image_info_test2017.json", "test_images": "test2017"}
     assert coco(coco_root, **tests).category_ids == [1, 3, 18, 44, 90]
     message = error_of(lambda: coco(coco_root).class_names)
@@ -278,34 +293,173 @@ def test_categories_come_from_whichever_file_is_there(coco_root):
     assert f"root='{coco_root}'" in message
 
 
+def lists(*categories, annotated=()):
+    """Changes a file's list of categories, and annotates the first picture with those of the ids `annotated`."""
+
+    def change(content):
+        content["categories"] = [{"id": number, "name": name} for number, name in categories]
+        place = {"image_id": content["images"][0]["id"], "bbox": [1, 1, 9, 9]}
+        content["annotations"] = [{**place, "category_id": number} for number in annotated]
+
+    return change
+
+
+ALL = sorted(miniature.COCO_CATEGORIES.items())
+
+
 @pytest.mark.parametrize(
-    ("change", "phrase"),
+    ("train", "val", "labels"),
     [
+        # what occurs, as some tools list it: labels stay those of training
+        (lists(*ALL, annotated=[3]), lists((90, "toothbrush"), (3, "car"), annotated=[90, 3]), [5, 2]),
+        # besides, but annotated nowhere
+        (lists(*ALL, annotated=[3]), lists(*ALL, (7, "kite"), (100, "cup"), annotated=[90]), [5]),
+        (lists(*ALL[:2], annotated=[3]), lists(*ALL, annotated=[3, 1]), [2, 1]),
+        # in another order
+        (lists(*ALL, annotated=[3]), lists(*ALL[::-1], annotated=[90]), [5]),
+        # numbers as whole floats
+        (lists(*ALL, annotated=[3]), lists((90.0, "toothbrush"), annotated=[90]), [5]),
         (
-            lambda c: c["categories"].append({"id": 7, "name": "kite"}),
-            "found besides 'kite' (id 7); give both the same",
+            lists(*ALL, annotated=[3]),
+            lists(*ALL, (7, "kite"), annotated=[7]),
+            "found 'kite' (id 7); give both the same",
         ),
+        (lists(*ALL, annotated=[3]), lists((44, "cup"), annotated=[]), "found 'cup' (id 44); give both the same ids"),
+        (lists(*ALL, annotated=[3]), lists((5, "bottle"), annotated=[5]), "found 'bottle' (id 5); give"),
+        (lists(*ALL, annotated=[3]), lists(("44", "bottle"), annotated=["44"]), "found 'bottle' (id '44'); give"),
         (
-            lambda c: c["categories"].__setitem__(0, {"id": 44, "name": "cup"}),
-            "found no 'bottle' (id 44) and besides 'cup",
-        ),
-        (
-            lambda c: c["categories"].extend({"id": 200 + n, "name": f"n{n}"} for n in range(5)),
-            "found besides 'n0' (id 200), 'n1' (id 201), 'n2' (id 202), ... (5 in all)",
+            lists(*ALL, annotated=[3]),
+            lists(*((200 + n, f"n{n}") for n in range(5)), annotated=range(200, 205)),
+            "found 'n0' (id 200), 'n1' (id 201), 'n2' (id 202), ... (5 in all); give",
         ),
     ],
 )
-def test_categories_that_differ(coco_root, change, phrase):
-    names, ids = coco(coco_root).class_names, coco(coco_root).category_ids
-    edit(train_json(coco_root), change)
-    message = error_of(coco(coco_root).setup, "fit")
-    start = f"train_annotations='{train_json(coco_root)}': expected the 5 categories of "
-    assert message.startswith(f"{start}val_annotations='{val_json(coco_root)}', {phrase}")
-    # and where they are given
-    message = error_of(coco(coco_root, class_names=names, category_ids=ids).setup, "fit")
-    assert message.startswith(
-        f"{start}class_names and category_ids (those of the checkpoint, if one is given), {phrase}"
+def test_the_list_of_training_is_the_truth(coco_root, train, val, labels):
+    edit(train_json(coco_root), train)
+    edit(val_json(coco_root), val)
+    module = coco(coco_root)
+    names, ids = module.class_names, module.category_ids
+    start = f"val_annotations='{val_json(coco_root)}': expected no categories besides the {len(ids)} of "
+    if isinstance(labels, str):
+        assert error_of(module.setup, "fit").startswith(f"{start}train_annotations='{train_json(coco_root)}', {labels}")
+        # and where they are given
+        message = error_of(coco(coco_root, class_names=names, category_ids=ids).setup, "test")
+        assert message.startswith(
+            f"{start}class_names and category_ids (those of the checkpoint, if one is given), {labels}"
+        )
+        return
+    assert samples(module, "val")[0][1]["labels"].tolist() == labels
+    assert (module.class_names, module.category_ids) == (names, ids)
+    given = coco(coco_root, class_names=names, category_ids=ids)
+    assert samples(given, "test")[0][1]["labels"].tolist() == labels
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines that the data module says."""
+    lines = []
+    monkeypatch.setattr("awconv.data.detection.rank_zero_info", lines.append)
+    return lines
+
+
+def rooted(*categories, annotated):
+    """A list of (id, name, supercategory), and annotations of the ids `annotated` in the first picture."""
+
+    def change(content):
+        lists(*((number, name) for number, name, _ in categories), annotated=annotated)(content)
+        for category, (*_, above) in zip(content["categories"], categories, strict=True):
+            category["supercategory"] = above
+
+    return change
+
+
+ROOT = (0, "fruit", "none")
+APPLE, PEAR = (1, "apple", "fruit"), (2, "pear", "fruit")
+
+
+@pytest.mark.parametrize(
+    ("categories", "train", "val", "left_out"),
+    [
+        # as Roboflow writes them
+        ((ROOT, APPLE, PEAR), [1, 2], [2], [(0, "fruit")]),
+        ((APPLE, PEAR, (7, "fruit", None)), [1, 2], [2], [(7, "fruit")]),
+        (((0, "apple", "none"), (1, "apple", "apple")), [1], [1], [(0, "apple")]),
+        # one that merely does not occur
+        ((APPLE, PEAR), [1], [1], []),
+        ((ROOT, APPLE, (2, "nut", "seed")), [1], [1], []),
+        (((0, "fruit", "fruit"), APPLE, PEAR), [1], [1], []),
+        # one that is annotated, be it in validation alone
+        ((ROOT, APPLE, PEAR), [0, 1], [1], []),
+        ((ROOT, APPLE, PEAR), [1], [0], []),
+    ],
+)
+def test_a_root_of_all_categories_that_owns_nothing_is_left_out(coco_root, said, categories, train, val, left_out):
+    edit(train_json(coco_root), rooted(*categories, annotated=train))
+    edit(val_json(coco_root), rooted(*categories, annotated=val))
+    module = coco(coco_root)
+    kept = [(number, name) for number, name, _ in categories if (number, name) not in left_out]
+    assert list(zip(module.category_ids, module.class_names, strict=True)) == kept
+    module.setup("fit")
+    start = f"train_annotations='{train_json(coco_root)}': category "
+    assert [line.partition(" left out: it has no annotations")[0] for line in said if " left out: " in line] == [
+        f"{start}{name!r} (id {number})" for number, name in left_out
+    ]
+    labels = module._dataset("val").annotations.labels.tolist()
+    assert [module.category_ids[label - 1] for label in labels] == val
+
+
+def test_a_root_with_boxes_whose_name_is_anothers_is_refused(coco_root):
+    categories = (0, "apple", "none"), (1, "apple", "apple")
+    edit(train_json(coco_root), rooted(*categories, annotated=[1]))
+    edit(val_json(coco_root), rooted(*categories, annotated=[0]))
+    assert "every name of a category once, found 'apple' several times" in error_of(coco(coco_root).setup, "fit")
+
+
+def test_categories_without_boxes_are_said_before_training(coco_root, said):
+    edit(train_json(coco_root), lists(*ALL, annotated=[3, 90]))
+    module = coco(coco_root)
+    module.setup("fit")
+    assert said[0] == (
+        f"train_annotations='{train_json(coco_root)}': 3 of the 5 categories have no boxes: 'person' (id 1), "
+        "'dog' (id 18), 'bottle' (id 44)"
     )
+    assert not [line for line in said[1:] if "categories have" in line]
+    # nothing at all to learn from
+    edit(train_json(coco_root), lists(*ALL))
+    assert "none of its 12 pictures has a box" in error_of(coco(coco_root, keep_empty=True).setup, "fit")
+
+
+def test_bad_images_are_left_out_of_training_alone_and_only_where_asked_for(coco_root, said):
+    def skipping():
+        module = coco(coco_root, keep_empty=True)
+        module.on_bad_image = "skip"
+        return module
+
+    files = sorted((coco_root / "train2017").iterdir())
+    files[3].unlink()
+    files[4].write_bytes(b"no picture")
+    assert " are missing, such as " in error_of(coco(coco_root).setup, "fit")
+    module = skipping()
+    module.setup("fit")
+    assert len(module._dataset("train")) == 10
+    start = f"train_annotations='{train_json(coco_root)}': 1 of its "
+    assert [line.split(", such as")[0] for line in said if "left out" in line] == [
+        f"{start}12 images left out, which are missing",
+        f"{start}11 images left out, which cannot be read",
+    ]
+    # one that turns out to be damaged later
+    files[5].write_bytes(files[5].read_bytes()[:-900])
+    with pytest.warns(UserWarning, match=f"skipped {files[5]}"):
+        assert len(samples(module, "train")) == 10
+    # the average precision of fewer images would be another one
+    val = sorted((coco_root / "val2017").iterdir())[3]
+    whole = val.read_bytes()
+    val.write_bytes(whole[:-900])
+    module = skipping()
+    module.setup("validate")
+    assert error_of(lambda: list(module._dataset("val"))).startswith(f"{val}: ")
+    val.unlink()
+    assert "1 of the 7 pictures of val_annotations=" in error_of(skipping().setup, "validate")
 
 
 def test_given_categories_that_agree_change_nothing(coco_root):
@@ -379,9 +533,7 @@ def test_predict_needs_pictures(tmp_path):
     assert error_of(module.setup, "predict").startswith(f"predict_dir='{tmp_path}': expected pictures (")
 
 
-def test_what_was_clipped_and_dropped_is_said_once(coco_root, monkeypatch):
-    said = []
-    monkeypatch.setattr("awconv.data.detection.rank_zero_info", said.append)
+def test_what_was_clipped_and_dropped_is_said_once(coco_root, said):
     module = coco(coco_root)
     for stage in ("fit", "validate", "test"):
         module.setup(stage)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +31,7 @@ from awconv.callbacks.detection_figures import (
     draw_precision_recall,
 )
 from awconv.callbacks.run_files import Files, RunFiles, class_names_of, gather, of_all, write_csv
+from awconv.data.coco import COCODataset
 from awconv.errors import InputError, require_int, require_number
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ class DetectionReport(RunFiles):
     - After ``test``, from ``pl_module.test_map`` (an :class:`awconv.metrics.BoxMeanAveragePrecision`, which must
       not be reset before the next test), ``class_names``, ``category_ids`` (1..K where the module has none) and
       the ``{"detections": list of torchvision's dicts}`` that ``test_step`` returns for its batch
-      ``(images, targets)``: ``results.json`` (COCO's results format), ``ap_table.csv``,
-      ``precision_recall.png`` and ``test_pictures.png``. Without ground truth, only the first and the last, and
+      ``(images, targets)``: ``results.json`` (COCO's results format, of a :class:`awconv.data.coco.COCODataset` in
+      the ids and the pixels of its annotation file), ``ap_table.csv``, ``precision_recall.png`` and
+      ``test_pictures.png``. Without ground truth, only the first and the last, and
       a line that says so.
     - After ``predict``, from the ``{"path": list of str, "detections": list of dicts}`` that ``predict_step``
       returns for its batch ``(images, paths)``: ``predictions.json`` (COCO's results format, with the file name
@@ -153,10 +155,11 @@ class DetectionReport(RunFiles):
         gathered: list[_Seen] = gather(trainer, list(self._seen.values()))
         self._seen = {}
         seen = {entry.image_id: entry for entry in gathered}
+        own_id, own_results = own_terms(trainer.test_dataloaders)
         files: Files = {}
         remarks: list[str] = []
         if trainer.is_global_zero:
-            files["results.json"] = ("COCO results", lambda path: _write_json(path, metric.results(ids)))
+            files["results.json"] = ("COCO results", lambda path: _write_json(path, own_results(metric.results(ids))))
             if metric.classes:
                 remarks = _ap_lines(overall, metric.per_class, names)
                 files["ap_table.csv"] = (
@@ -181,21 +184,21 @@ class DetectionReport(RunFiles):
                 files["test_pictures.png"] = (
                     "test pictures",
                     lambda path: self._write_test_sheet(
-                        path, [seen[k] for k in sorted(seen)], names, bool(metric.classes)
+                        path, {own_id(k): seen[k] for k in sorted(seen)}, names, bool(metric.classes)
                     ),
                 )
         self.write(trainer, files, remarks)
 
-    def _write_test_sheet(self, path: Path, seen: Sequence[_Seen], names: Sequence[str], scored: bool) -> None:
+    def _write_test_sheet(self, path: Path, seen: Mapping[Any, _Seen], names: Sequence[str], scored: bool) -> None:
         pictures = [
             SheetPicture(
                 Image.fromarray(to_dtype(entry.image, torch.uint8, scale=True).permute(1, 2, 0).numpy()),
                 (entry.image.shape[2], entry.image.shape[1]),
                 entry.detections,
                 entry.target if scored else None,
-                f"image {entry.image_id}",
+                f"image {own_id}",
             )
-            for entry in seen
+            for own_id, entry in seen.items()
         ]
         title = counted(len(seen), "test picture")
         save_png(path, draw_detection_sheet(pictures, names, title, min_score=self.min_score))
@@ -283,7 +286,20 @@ class DetectionReport(RunFiles):
             )
 
 
-def classes_of(pl_module: pl.LightningModule) -> tuple[list[str], list[int]]:
+def own_terms(loaders: Any) -> tuple[Callable[[int], Any], Callable[[Any], Any]]:
+    """Functions that put an image id and COCO results into the terms of the annotation file.
+
+    They change nothing where the first loader does not read a :class:`awconv.data.coco.COCODataset`.
+    """
+    dataset = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
+    while dataset is not None:
+        if isinstance(dataset, COCODataset):
+            return dataset.own_id, dataset.own_results
+        dataset = getattr(dataset, "dataset", None)
+    return lambda image_id: image_id, lambda results: results
+
+
+def classes_of(pl_module: pl.LightningModule) -> tuple[list[str], list[int | str]]:
     """Names and category ids, label 1 first."""
     names: Any = getattr(pl_module, "class_names", None)
     ids: Any = getattr(pl_module, "category_ids", None)
@@ -292,7 +308,7 @@ def classes_of(pl_module: pl.LightningModule) -> tuple[list[str], list[int]]:
             f"{type(pl_module).__name__} has neither class_names nor category_ids: DetectionReport needs one of them "
             "to know the classes"
         )
-    ids = list(range(1, len(names) + 1)) if ids is None else [int(category_id) for category_id in ids]
+    ids = list(range(1, len(names) + 1)) if ids is None else [k if isinstance(k, str) else int(k) for k in ids]
     return [str(category_id) for category_id in ids] if names is None else class_names_of(pl_module, len(ids)), ids
 
 
@@ -310,7 +326,7 @@ def _write_ap_table(
     overall: Mapping[str, float],
     per_class: Mapping[int, Mapping[str, float]],
     names: Sequence[str],
-    ids: Sequence[int],
+    ids: Sequence[int | str],
 ) -> None:
     """All classes, then each in the order of the labels; what has no ground truth is left blank."""
     rows = [["", "all classes", *_cells(overall, 6, "")]]
@@ -353,7 +369,7 @@ def _cells(measured: Mapping[str, float], digits: int, absent: str) -> list[str]
 # ---- COCO's formats ----------------------------------------------------------------------------------------------
 
 
-def _coco_results(predicted: Sequence[_Predicted], ids: Sequence[int]) -> list[dict[str, Any]]:
+def _coco_results(predicted: Sequence[_Predicted], ids: Sequence[int | str]) -> list[dict[str, Any]]:
     """All detections; image ids count the pictures from 1."""
     results = []
     for image_id, entry in enumerate(predicted, start=1):
@@ -371,7 +387,7 @@ def _coco_results(predicted: Sequence[_Predicted], ids: Sequence[int]) -> list[d
     return results
 
 
-def _coco_pictures(predicted: Sequence[_Predicted], names: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
+def _coco_pictures(predicted: Sequence[_Predicted], names: Sequence[str], ids: Sequence[int | str]) -> dict[str, Any]:
     """The annotation file, without annotations, that ``loadRes`` wants."""
     images = [
         {"id": image_id, "file_name": entry.path, "width": entry.size[0], "height": entry.size[1]}

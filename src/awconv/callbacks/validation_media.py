@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from awconv.callbacks.canvas import counted, spread_rank
 from awconv.callbacks.classification_figures import PredictedPicture, draw_confusion_matrix, draw_prediction_sheet
 from awconv.callbacks.detection_figures import SheetPicture, draw_detection_sheet, draw_precision_recall
-from awconv.callbacks.detection_report import MEASURES, classes_of, on_cpu
+from awconv.callbacks.detection_report import MEASURES, classes_of, on_cpu, own_terms
 from awconv.callbacks.media import publish
 from awconv.callbacks.run_files import class_names_of, gather, of_all
 from awconv.errors import require_int, require_number
@@ -408,7 +408,7 @@ def _histogram(bins: npt.NDArray[np.int64]) -> Any:
 class _Scene(NamedTuple):
     """A picture that may be shown, with width and height of what its boxes refer to; tensors on the CPU."""
 
-    image_id: int
+    image_id: Any
     picture: Image.Image
     size: tuple[int, int]
     detections: dict[str, Tensor]
@@ -514,15 +514,18 @@ class DetectionMedia(_ValidationMedia):
         self._forget()
         shown: _Shown = ({}, {})
         if trainer.is_global_zero:
-            scenes = {scene.image_id: scene for scene in found}  # a padding sample comes twice
-            shown = self._compose(pl_module, metric, [scenes[k] for k in sorted(fixed)], [scenes[k] for k in worst])
+            by_id = {scene.image_id: scene for scene in found}  # a padding sample comes twice
+            chosen = [by_id[k] for k in sorted(fixed)], sorted((by_id[k] for k in worst), key=lambda s: s.badness)
+            # now that their order is settled, they are called as in the annotation file
+            own_id, _ = own_terms(trainer.val_dataloaders)
+            named = [[scene._replace(image_id=own_id(scene.image_id)) for scene in scenes] for scenes in chosen]
+            shown = self._compose(pl_module, metric, *named)
         publish(trainer, *shown)
 
     def _compose(
         self, pl_module: pl.LightningModule, metric: Any, fixed: Sequence[_Scene], worst: Sequence[_Scene]
     ) -> _Shown:
         names = _names(pl_module, [*fixed, *worst])
-        worst = sorted(worst, key=lambda scene: scene.badness)
         sheets = {
             "val/pictures": (f"{counted(len(fixed), 'validation picture')}, always the same", fixed),
             "val/worst_pictures": (f"{counted(len(worst), 'validation picture')} with the most mistakes", worst),

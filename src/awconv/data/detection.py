@@ -12,7 +12,16 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from awconv.data.base import BaseDataModule, Split, Transform
-from awconv.data.coco import COCOAnnotations, COCODataset, Target, read_annotations
+from awconv.data.coco import (
+    CategoryId,
+    COCOAnnotations,
+    COCODataset,
+    Target,
+    id_order,
+    read_annotations,
+    refuse_repeated_names,
+    shown_categories,
+)
 from awconv.data.loading import GroupedSampler, MapDataset, TrainingSampler
 from awconv.errors import InputError, is_number, require, require_int, require_number
 
@@ -95,7 +104,8 @@ class COCODataModule(BaseDataModule):
         keep_empty: bool = False,
         group_aspect_ratio: bool = True,
         class_names: list[str] | None = None,
-        category_ids: list[int] | None = None,
+        # str first: jsonargparse would take the text "1" for the number, where it may
+        category_ids: list[str | int] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, **common)
@@ -114,11 +124,12 @@ class COCODataModule(BaseDataModule):
             require(
                 names and all(isinstance(n, str) for n in class_names), "class_names", class_names, "a list of names"
             )
-            require(ids and all(type(n) is int for n in category_ids), "category_ids", category_ids, "whole numbers")
+            ok = ids and all(type(number) in (int, str) for number in category_ids)
+            require(ok, "category_ids", category_ids, "whole numbers or text")
             require(bool(class_names), "class_names", class_names, "at least one name")
             require(len(set(class_names)) == len(class_names), "class_names", class_names, "each name once")
             require(
-                category_ids == sorted(set(category_ids)) and len(category_ids) == len(class_names),
+                category_ids == sorted(set(category_ids), key=id_order) and len(category_ids) == len(class_names),
                 "category_ids",
                 category_ids,
                 f"one id for each of the {len(class_names)} class_names, ascending",
@@ -134,7 +145,8 @@ class COCODataModule(BaseDataModule):
         self.photometric = photometric
         self.keep_empty = keep_empty
         self.group_aspect_ratio = group_aspect_ratio
-        self._given = None if class_names is None or category_ids is None else (category_ids, class_names)
+        self._known = None if class_names is None or category_ids is None else (category_ids, class_names)
+        self._source_of_categories = "class_names and category_ids (those of the checkpoint, if one is given)"
         # for each split the name and the value of its two arguments
         self._arguments = {
             "train": ("train_annotations", train_annotations, "train_images", train_images),
@@ -144,7 +156,7 @@ class COCODataModule(BaseDataModule):
         if test_annotations is not None and test_images is not None:
             self._arguments["test"] = ("test_annotations", test_annotations, "test_images", test_images)
         self._read: dict[str, COCOAnnotations] = {}
-        self._checked: dict[tuple[str, str], COCOAnnotations] = {}
+        self._checked: dict[tuple[str, str, bool], COCOAnnotations] = {}
 
     # ---- categories
 
@@ -154,21 +166,31 @@ class COCODataModule(BaseDataModule):
         return self._categories()[1]
 
     @property
-    def category_ids(self) -> list[int]:
+    def category_ids(self) -> list[CategoryId]:
         """Ids of the categories, ascending; label k stands for ``category_ids[k - 1]``."""
         return self._categories()[0]
 
-    def _categories(self) -> tuple[list[int], list[str]]:
-        if self._given is not None:
-            return self._given
-        annotations = self._annotations(self._split_with_categories())
-        return annotations.category_ids, annotations.class_names
+    def _categories(self) -> tuple[list[CategoryId], list[str]]:
+        if self._known is None:
+            there = self._splits_there()
+            # that of the training file: in other files, some tools list only the categories that occur
+            annotations = self._annotations(there[0] if there else "val")
+            categories = dict(zip(annotations.category_ids, annotations.class_names, strict=True))
+            root = annotations.root
+            if root is not None and not any(self._annotations(split).has_boxes_of(root) for split in there):
+                rank_zero_info(
+                    f"{annotations.source}: category {shown_categories([(root, categories.pop(root))])} left out: it "
+                    "has no annotations, and is only the supercategory of all the others"
+                )
+            refuse_repeated_names(list(categories.values()), annotations.source)
+            self._known = (list(categories), list(categories.values()))
+            self._source_of_categories = annotations.source
+        return self._known
 
-    def _split_with_categories(self) -> Split:
-        # validation's first: it is COCO's smallest, and testing alone should not have to read that of training
-        splits: tuple[Split, ...] = ("val", "train", "test")
-        there = [split for split in splits if os.path.isfile(self._below_root(self._arguments[split][1]))]
-        return there[0] if there else "val"
+    def _splits_there(self) -> list[Split]:
+        """The splits whose annotation file is there, that of training first."""
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        return [split for split in splits if os.path.isfile(self._below_root(self._arguments[split][1]))]
 
     # ---- data sets
 
@@ -180,8 +202,10 @@ class COCODataModule(BaseDataModule):
                 f"{annotations.source}: expected images, annotations and categories, and there are no annotations; "
                 "choose another file, or give this one as test_annotations"
             )
-        self._compare_categories(annotations)
-        checked = self._with_pictures(split)
+        # before the pictures are looked at, and so both first
+        category_ids, class_names = self.category_ids, self.class_names
+        annotations.for_categories(category_ids, class_names, self._source_of_categories)
+        checked = self._with_pictures(split).for_categories(category_ids, class_names, self._source_of_categories)
         boxes = int((checked.iscrowd == 0).sum())
         argument, value, *_ = self._arguments[split]
         source = f"{argument}={self._below_root(value)!r}"  # a file that serves two splits is called as it was first
@@ -193,13 +217,18 @@ class COCODataModule(BaseDataModule):
         folder = self._below_root(self._arguments[split][3])
         if split != "train":
             return COCODataset(checked, folder)
-        training = checked.for_training(self.keep_empty)
-        if len(training) == 0:
+        if boxes == 0:
             raise InputError(
                 f"{source}: none of its {len(checked)} pictures has a box (that is not a crowd's) to train "
-                "on; add annotations, or train on empty pictures with --data.keep_empty true"
+                "on; add annotations or choose another file"
             )
-        return COCODataset(training, folder, self.train_transform())
+        training = checked.for_training(self.keep_empty)
+        without = set(range(1, len(category_ids) + 1)) - set(training.labels.tolist())
+        if without:
+            unseen = shown_categories([(category_ids[label - 1], class_names[label - 1]) for label in sorted(without)])
+            verb = "has" if len(without) == 1 else "have"
+            rank_zero_info(f"{source}: {len(without)} of the {len(class_names)} categories {verb} no boxes: {unseen}")
+        return COCODataset(training, folder, self.train_transform(), self._skips_bad(split))
 
     def _below_root(self, path: str) -> str:
         return os.path.join(self.root, path)
@@ -221,34 +250,17 @@ class COCODataModule(BaseDataModule):
     def _with_pictures(self, split: Split) -> COCOAnnotations:
         *_, argument, value = self._arguments[split]
         annotations, folder = self._annotations(split), self._below_root(value)
-        key = (annotations.source, folder)
+        key = (annotations.source, folder, self._skips_bad(split))
         if key not in self._checked:
-            checked = annotations.check_pictures(folder, argument, self._remedy(argument))
-            if checked.clipped or checked.dropped:
-                rank_zero_info(
-                    f"{annotations.source}: {checked.clipped} of its boxes clipped, which reached out of their "
-                    f"pictures, and {checked.dropped} dropped, which had no area in them (a bbox is x, y, width, "
-                    "height)"
-                )
+            checked = annotations.check_pictures(folder, argument, self._remedy(argument), self._skips_bad(split))
+            for note in checked.notes:
+                rank_zero_info(f"{annotations.source}: {note}")
             self._checked[key] = checked
         return self._checked[key]
 
-    def _compare_categories(self, annotations: COCOAnnotations) -> None:
-        expected = dict(zip(self.category_ids, self.class_names, strict=True))
-        found = dict(zip(annotations.category_ids, annotations.class_names, strict=True))
-        differences = [
-            f"{what} {', '.join(_some(sorted(ours.items() - theirs.items())))}"
-            for what, ours, theirs in (("no", expected, found), ("besides", found, expected))
-            if ours.items() - theirs.items()
-        ]
-        if differences:
-            source = "class_names and category_ids (those of the checkpoint, if one is given)"
-            if self._given is None:
-                source = self._annotations(self._split_with_categories()).source
-            raise InputError(
-                f"{annotations.source}: expected the {len(expected)} categories of {source}, found "
-                f"{' and '.join(differences)}; give both the same ids and names"
-            )
+    def _skips_bad(self, split: Split) -> bool:
+        # an average precision over fewer images could not be compared with any other
+        return split == "train" and getattr(self, "on_bad_image", None) == "skip"
 
     # ---- transforms and batches
 
@@ -328,8 +340,3 @@ def _require_together(arguments: dict[str, Any], otherwise: str) -> None:
         raise InputError(
             f"{absent[0]}=None: expected a value, since {other} is given; give both, or neither to {otherwise}"
         )
-
-
-def _some(categories: list[tuple[int, str]], most: int = 3) -> list[str]:
-    shown = [f"{name!r} (id {number})" for number, name in categories[:most]]
-    return shown if len(categories) <= most else [*shown, f"... ({len(categories)} in all)"]

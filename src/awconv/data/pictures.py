@@ -4,9 +4,10 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from awconv.errors import InputError
+
+_T = TypeVar("_T")
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -133,36 +136,64 @@ def _decoded(encoded: npt.NDArray[np.uint8], path: str | Path, upright: bool) ->
         return image
 
 
-def picture_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of a picture file in pixels; only the file's head is read.
+class Head(NamedTuple):
+    """What the head of an image file says: the size of the pixels as stored, and the EXIF orientation.
 
-    Raises:
-        InputError: The file is missing or not a picture, or its EXIF orientation turns it, so that it has two sizes.
+    Attributes:
+        height: Height in pixels, as stored.
+        width: Width in pixels, as stored.
+        orientation: 1 for an upright image; 2 to 4 mirror or turn it by half, and 5 to 8 exchange height and width.
     """
-    with _naming(path), PIL.Image.open(path) as picture:
-        orientation = _orientation(picture)
-        if orientation > 1:
-            remedy = "save it upright"
-            if picture.format != "TIFF":  # which PIL turns when it reads it
-                remedy = f"give its width and height as stored beside its file_name, or {remedy}"
-            raise InputError(
-                f"{path}: this picture is stored turned (EXIF orientation {orientation}) and its size is not given, "
-                f"so that nobody knows to which pixels its boxes belong; {remedy}"
-            )
-        return picture.height, picture.width
+
+    height: int
+    width: int
+    orientation: int
 
 
-def is_turned(path: str | Path) -> bool:
-    """Whether a picture's EXIF orientation says that it is stored turned or mirrored; only its head is read."""
-    with _naming(path), PIL.Image.open(path) as picture:
-        return _orientation(picture) > 1
+# They wait for slow disks together. For files in memory, fewer would be faster: the parser holds Python's lock.
+_HEAD_THREADS = 8
+_TIFF_SIZE = (PIL.ExifTags.Base.ImageWidth, PIL.ExifTags.Base.ImageLength)
+
+
+def read_heads(paths: Sequence[str]) -> list[Head | InputError]:
+    """Read the heads of image files, some thousands a second; the pixels are not decoded.
+
+    Returns:
+        For each path its head, or the `InputError` that says why there is none.
+    """
+    # a thread that meets the first file of a rarer format must not find the plugins half loaded
+    PIL.Image.init()
+    shares = [paths[k::_HEAD_THREADS] for k in range(_HEAD_THREADS)]
+    heads: list[Any] = [None] * len(paths)
+    with ThreadPoolExecutor(_HEAD_THREADS) as pool:
+        for k, share in enumerate(pool.map(lambda share: [_head_or_error(path) for path in share], shares)):
+            heads[k::_HEAD_THREADS] = share
+    return heads
+
+
+def _head_or_error(path: str) -> Head | InputError:
+    try:
+        with _naming(path), PIL.Image.open(path) as picture:
+            # of a TIFF, PIL gives the size of the upright image, and earlier versions did not
+            width, height = map(picture.tag_v2.get, _TIFF_SIZE) if hasattr(picture, "tag_v2") else picture.size
+            return Head(height, width, _orientation(picture))
+    except InputError as error:
+        return error
 
 
 def _orientation(picture: PIL.Image.Image) -> int:
-    # to find a PNG's EXIF data, which may stand behind the pixels, PIL would decode the whole picture
-    if picture.format == "PNG" and "exif" not in picture.info:
+    try:
+        if picture.format in ("JPEG", "MPO"):
+            # the decoder of JPEGs heeds EXIF alone, where PIL would also look into XMP
+            exif = PIL.Image.Exif()
+            exif.load(picture.info.get("exif", b""))
+        else:
+            # not a PNG's own method, which decodes the whole image to find EXIF data behind the pixels
+            exif = PIL.Image.Image.getexif(picture)
+        orientation = exif.get(PIL.ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF data, with as many kinds of exceptions as in _naming, turn nothing
         return 1
-    return int(picture.getexif().get(PIL.ExifTags.Base.Orientation, 1))
+    return orientation if orientation in range(1, 9) else 1
 
 
 @contextmanager
@@ -178,6 +209,33 @@ def _naming(path: str | Path) -> Iterator[None]:
     except Exception as error:
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
         raise InputError(f"{path}: this picture cannot be read ({reason}); replace or remove it") from None
+
+
+def read_or_next(read: Callable[[int], _T], index: int, length: int, path: Callable[[int], str]) -> tuple[int, _T]:
+    """Read the sample at `index`, or the next one that can be read, and warn of each one that cannot.
+
+    Args:
+        read: Reads the sample at an index; raises `InputError` where it cannot be read.
+        index: Which one.
+        length: Number of samples; after the last one comes the first.
+        path: Path of the file at an index, for the message.
+
+    Returns:
+        The index of the sample that was read, and the sample.
+
+    Raises:
+        InputError: No sample can be read.
+        IndexError: There is no sample at `index`.
+    """
+    if index >= length:  # by which ``for`` knows the end of a data set
+        raise IndexError(index)
+    for step in range(length):
+        candidate = (index + step) % length
+        try:
+            return candidate, read(candidate)
+        except InputError as error:
+            warnings.warn(f"skipped {error}", stacklevel=3)
+    raise InputError(f"{path(index)}: neither this picture nor any other of the data set can be read")
 
 
 class PictureDataset(Dataset[tuple[Any, Any]]):
@@ -230,13 +288,7 @@ class PictureDataset(Dataset[tuple[Any, Any]]):
         """
         if not self._skip_bad:
             return index, self._read(index, encoded)
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            try:
-                return candidate, self._read(candidate, encoded)
-            except InputError as error:
-                warnings.warn(f"skipped {error}", stacklevel=2)
-        raise InputError(f"{self.path(index)}: neither this picture nor any other of the data set can be read")
+        return read_or_next(lambda candidate: self._read(candidate, encoded), index, len(self), self.path)
 
     def _read(self, index: int, encoded: bool) -> Tensor:
         path = self.path(index)

@@ -53,7 +53,8 @@ class DetectionTask(BaseTask):
             project's data modules bring them to size themselves.
         num_classes: Number of classes K without the background; the command line takes it from the data.
         class_names: Names of the classes, label 1 first; the command line takes them from the data.
-        category_ids: The data set's own number of each class, label 1 first; the command line takes them from the data.
+        category_ids: The data set's own id of each class, a whole number or text, label 1 first; the command line takes
+            them from the data.
         image_size: Short side of the pictures in pixels; the command line takes it from the data.
         max_size: Longest side of the pictures in pixels; the command line takes it from the data.
         **kwargs: Optimisation, see :class:`awconv.tasks.BaseTask`.
@@ -85,7 +86,8 @@ class DetectionTask(BaseTask):
         resize_in_training: bool = False,
         num_classes: int = 80,
         class_names: list[str] | None = None,
-        category_ids: list[int] | None = None,
+        # str first: jsonargparse would take the text "1" for the number, where it may
+        category_ids: list[str | int] | None = None,
         image_size: int = 800,
         max_size: int = 1333,
         **kwargs: Any,
