@@ -38,7 +38,7 @@ from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import construct, refused_by_library, require_one_accumulation, require_sensible_numbers
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
-from awconv.cli.terminal import progress_bar, replace_what_cannot_be_shown
+from awconv.cli.surroundings import keep_wandb_files_in, progress_bar, replace_what_cannot_be_shown
 from awconv.data import ClassificationDataModule, COCODataModule
 from awconv.errors import InputError
 from awconv.quiet import silence_libraries
@@ -162,6 +162,7 @@ class AWConvCLI(LightningCLI):
         self.run_dir = choose_folder(config, str(self.subcommand))
         config.trainer.default_root_dir = self.run_dir
         lead_loggers(config, self.run_dir)
+        keep_wandb_files_in(self.run_dir)
         for section in (config.checkpoint, config.last_checkpoint):
             if section.dirpath is None:
                 section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
@@ -172,7 +173,13 @@ class AWConvCLI(LightningCLI):
             "command": str(self.subcommand),
             "typed": typed[self.subcommand],
         }
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError:
+            # jsonargparse goes on to the other types of the argument, and may tell of the first of them alone
+            if self._refused is not None:
+                raise self._refused from None
+            raise
         require_one_accumulation(self.trainer)
         describe_runs(
             self.trainer.loggers,
@@ -186,7 +193,16 @@ class AWConvCLI(LightningCLI):
 
     def _add_instantiators(self) -> None:
         super()._add_instantiators()
-        self.parser.add_instantiator(construct, object)
+        self.parser.add_instantiator(self._construct, object)
+
+    _refused: InputError | None = None
+
+    def _construct(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return construct(cls, *args, **kwargs)
+        except InputError as error:
+            self._refused = error
+            raise
 
     def _require_weights(self, config: Any) -> None:
         weights = config.ckpt_path or (config.model.get("init_args") or {}).get("initial_weights", None)
@@ -247,7 +263,9 @@ class AWConvCLI(LightningCLI):
                 print(f"to go on: python lightning_cli.py fit --resume {shlex.quote(self.run_dir)}", file=sys.stderr)
             raise
         except Exception as error:
-            if not (said := bad_input(error) or refused_by_library(error)):
+            said = None if isinstance(error, MisconfigurationException) else bad_input(error)
+            said = said or refused_by_library(error) or bad_input(error)
+            if not said:
                 raise
             if self.trainer.is_global_zero and self._folder_is_new:
                 remove_if_nothing_ran(Path(self.run_dir))

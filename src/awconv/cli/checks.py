@@ -79,8 +79,8 @@ def require_one_accumulation(trainer: L.Trainer) -> None:
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     if given != 1 and any(scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers):
         raise InputError(
-            f"trainer.accumulate_grad_batches={given}: GradientAccumulationScheduler sets it from epoch to epoch; leave "
-            "one of the two out"
+            f"trainer.accumulate_grad_batches={given}: GradientAccumulationScheduler sets it from epoch to epoch; "
+            "leave one of the two out"
         )
 
 
@@ -117,16 +117,15 @@ def refused_by_library(error: Exception) -> str | None:
     Returns:
         What it says in one line; None where code of this project or of a fork had a part in it.
     """
-    frames = [frame for frame in _frames(error) if not frame.f_globals.get("__name__", "").startswith("awconv.cli")]
-    if not frames or not all(map(_is_library, frames)):
+    frames = [frame for frame in _frames(error) if not _module(frame).startswith("awconv.cli")]
+    if frames and isinstance(error, ValueError) and _module(frames[-1]).startswith("lightning.pytorch.loops."):
+        return f"the trainer refuses its settings: {' '.join(str(error).split())}"  # whoever called the loop
+    if not all(map(_is_library, frames)):
         return None
     for frame in reversed(frames):
         owner = frame.f_locals.get("self")
         if isinstance(owner, L.Callback | Logger):
             return _refusal(type(owner), error, vars(owner))
-    # a bug has other kinds; this one is how the loops refuse an option
-    if isinstance(error, ValueError) and frames[-1].f_globals.get("__name__", "").startswith("lightning."):
-        return f"the trainer refuses its settings: {' '.join(str(error).split())}"
     return None
 
 
@@ -135,7 +134,11 @@ def _frames(error: BaseException) -> list[FrameType]:
 
 
 def _is_library(frame: FrameType) -> bool:
-    return _root(frame.f_globals.get("__name__", "")) in _LIBRARIES
+    return _root(_module(frame)) in _LIBRARIES
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def _root(module: str) -> str:
@@ -146,6 +149,11 @@ def _refusal(cls: type, error: Exception, options: Mapping[str, Any]) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, ImportError):
         return f"{cls.__name__} needs a package that is not installed: {text}"
-    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if re.search(rf"\b{name}\b", text))
+    named = {name.strip("_"): value for name, value in options.items()}
+    given = ", ".join(
+        f"{name}={value!r}"
+        for name, value in named.items()
+        if re.search(rf"\b{name}\b", text) or (isinstance(value, str) and len(value) > 3 and value in text)
+    )
     kind = "" if isinstance(error, ValueError | MisconfigurationException) else f"{type(error).__name__}: "
-    return f"{cls.__name__}({given}) is refused: {kind}{text}"
+    return f"{cls.__name__}{f'({given})' if given else ''} is refused: {kind}{text}"
