@@ -40,6 +40,7 @@ def test_a_run_on_such_a_terminal(cli, monkeypatch, tmp_path, encoding):
     assert "lauf-\\u72ac" in out.buffer.getvalue().decode(encoding)
 
 
+@pytest.mark.slow
 def test_without_the_signals_that_windows_lacks():
     code = (
         "import signal\n"
@@ -56,7 +57,8 @@ def test_the_signals_of_this_machine():
     assert checkpoints._PREEMPTIONS == [signal.SIGTERM, signal.SIGUSR1]
 
 
-def test_without_a_home_that_can_be_written_to(monkeypatch, tmp_path):
+@pytest.mark.slow
+def test_without_a_home_that_can_be_written_to(tmp_path):
     """matplotlib, wandb and what else keeps files there: nothing is said, and the run ends well."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "XDG_", "MPL"))}
     environment |= {"HOME": "/dev/null/nowhere", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
