@@ -274,7 +274,9 @@ def _all(options: argparse.Namespace) -> None:
         outcome = outcome or _run_part([*command, *given], environment, seconds)
         summary.append({"part": name, "outcome": outcome, "seconds": perf_counter() - start, "limit": seconds})
         print(f"=== {name}: {outcome} ({summary[-1]['seconds']:.0f} of {seconds:.0f} s)\n", flush=True)
-        (folder / "all.json").write_text(json.dumps({"benchmark": "all", "parts": summary}, indent=1) + "\n")
+        (folder / "all.json").write_text(
+            json.dumps({"benchmark": "all", "parts": summary}, indent=1) + "\n", encoding="utf-8"
+        )
     if any(part["outcome"] != "done" for part in summary):
         raise SystemExit(1)
 
@@ -304,7 +306,7 @@ def _draw(options: argparse.Namespace) -> None:
 
     _check_new_file("--out", options.out)
     try:
-        record = json.loads(options.record.read_text())
+        record = json.loads(options.record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{options.record}: cannot be read as a record ({error})") from None
     if not isinstance(record, dict) or record.get("benchmark") != "layers":
@@ -381,7 +383,7 @@ def _circumstances(device: str) -> dict[str, Any]:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

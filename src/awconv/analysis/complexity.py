@@ -210,7 +210,9 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"one picture of {size}; an operation is a multiplication or an addition")
     print(format_table(rows[-1:] if own.total else rows))
     if own.json is not None:
-        own.json.write_text(json.dumps({"picture": size, "layers": [asdict(row) for row in rows]}, indent=1) + "\n")
+        own.json.write_text(
+            json.dumps({"picture": size, "layers": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def format_table(rows: Sequence[LayerCost]) -> str:

@@ -25,7 +25,8 @@ from awconv.callbacks.run_files import whole
 from awconv.errors import InputError, require_int, require_number
 
 BEST, LAST, PREVIOUS, CONFIG = "best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml"
-_PREEMPTIONS = (signal.SIGTERM, signal.SIGUSR1)
+# Windows has no SIGUSR1
+_PREEMPTIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class BestCheckpoint(ModelCheckpoint):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
 from timm.layers.norm_act import convert_sync_batchnorm
@@ -35,8 +35,10 @@ from awconv.callbacks.checkpoints import LAST, read_checkpoint
 from awconv.callbacks.wandb_run import describe_runs
 from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
+from awconv.cli.checks import construct, refused_by_library, require_one_accumulation, require_sensible_numbers
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
+from awconv.cli.surroundings import keep_wandb_files_in, progress_bar, replace_what_cannot_be_shown
 from awconv.data import ClassificationDataModule, COCODataModule
 from awconv.errors import InputError
 from awconv.quiet import silence_libraries
@@ -53,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The words after the program's name; ``sys.argv[1:]`` if None.
     """
     silence_libraries()
+    replace_what_cannot_be_shown()
     try:
         AWConvCLI(sys.argv[1:] if args is None else list(args))
     except KeyboardInterrupt:
@@ -155,9 +158,11 @@ class AWConvCLI(LightningCLI):
         config = self.config[self.subcommand]
         self._require_weights(config)
         _require_one_kind(config)
+        require_sensible_numbers(config, str(self.subcommand))
         self.run_dir = choose_folder(config, str(self.subcommand))
         config.trainer.default_root_dir = self.run_dir
         lead_loggers(config, self.run_dir)
+        keep_wandb_files_in(self.run_dir)
         for section in (config.checkpoint, config.last_checkpoint):
             if section.dirpath is None:
                 section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
@@ -168,7 +173,14 @@ class AWConvCLI(LightningCLI):
             "command": str(self.subcommand),
             "typed": typed[self.subcommand],
         }
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError:
+            # jsonargparse goes on to the other types of the argument, and may tell of the first of them alone
+            if self._refused is not None:
+                raise self._refused from None
+            raise
+        require_one_accumulation(self.trainer)
         describe_runs(
             self.trainer.loggers,
             experiment_name(config),
@@ -178,6 +190,19 @@ class AWConvCLI(LightningCLI):
         )
         self._require_complete(config)
         self.config = typed
+
+    def _add_instantiators(self) -> None:
+        super()._add_instantiators()
+        self.parser.add_instantiator(self._construct, object)
+
+    _refused: InputError | None = None
+
+    def _construct(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return construct(cls, *args, **kwargs)
+        except InputError as error:
+            self._refused = error
+            raise
 
     def _require_weights(self, config: Any) -> None:
         weights = config.ckpt_path or (config.model.get("init_args") or {}).get("initial_weights", None)
@@ -202,7 +227,7 @@ class AWConvCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             ours = [callback for callback in ours if not isinstance(callback, BestCheckpoint | LastCheckpoint)]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
-            ours.append(RichProgressBar())
+            ours.append(progress_bar())
         if config.get("enable_model_summary") is not False and not any(isinstance(c, ModelSummary) for c in given):
             ours.append(NetworkSummary())
             config = {**config, "enable_model_summary": False}
@@ -222,7 +247,7 @@ class AWConvCLI(LightningCLI):
         config = {**config, "plugins": plugins}
         try:
             return super()._instantiate_trainer(config, ours)
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        except (MisconfigurationException, ValueError, TypeError, ImportError, OverflowError) as error:
             said = " ".join(str(error).split())
             hint = "; this machine has none: --trainer.accelerator cpu" if "backend found" in said else ""
             raise InputError(f"the trainer refuses its settings: {said}{hint}") from error
@@ -237,10 +262,14 @@ class AWConvCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 print(f"to go on: python lightning_cli.py fit --resume {shlex.quote(self.run_dir)}", file=sys.stderr)
             raise
-        except InputError:
+        except Exception as error:
+            said = None if isinstance(error, MisconfigurationException) else bad_input(error)
+            said = said or refused_by_library(error) or bad_input(error)
+            if not said:
+                raise
             if self.trainer.is_global_zero and self._folder_is_new:
                 remove_if_nothing_ran(Path(self.run_dir))
-            raise
+            raise InputError(said) from error
         finally:
             if Path(self.run_dir).is_dir() and self.trainer.is_global_zero:
                 print(f"run folder: {self.run_dir}")

@@ -9,7 +9,9 @@ import sys
 from typing import NoReturn
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 import awconv.data
@@ -81,6 +83,17 @@ def _classes_for(section: str) -> list[type]:
 
 
 def _nearest_option(name: str, parser: LightningArgumentParser) -> str:
+    section, _, option = name.partition(".")
+    if section == "checkpoint" and option in inspect.signature(ModelCheckpoint).parameters:
+        if option == "save_last":
+            return "; last.ckpt is kept anyway, --last_checkpoint.every_n_steps says how often"
+        follow = (
+            "--trainer.callbacks.monitor=METRIC --trainer.callbacks.mode=max|min " if option == "save_top_k" else ""
+        )
+        return (
+            ": best.ckpt is always the best alone; for more checkpoints add --trainer.callbacks+=ModelCheckpoint "
+            f"{follow}--trainer.callbacks.{option}=..."
+        )
     subparsers = [a.choices.values() for a in parser._actions if isinstance(a.choices, dict)]
     options = {action.dest for one in [parser, *(p for group in subparsers for p in group)] for action in one._actions}
     for section in ("model", "data"):
@@ -103,8 +116,15 @@ def bad_input(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text
-    if isinstance(error, MisconfigurationException) and "monitor" in text:
-        return f"{text} (--checkpoint.monitor names the metric that best.ckpt follows)"
+    if isinstance(error, MisconfigurationException):
+        return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", text)
+    ):
+        return f"out of memory ({text[:200]}); give a smaller --data.batch_size, image size or network"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return f"{name[:40]!r}... ({len(name)} characters) is too long for a path; give a shorter one"
     if type(error).__module__.startswith("wandb.") and type(error).__name__ == "UsageError":
         return f"{text} (log in with `wandb login`, or set WANDB_MODE=offline)"
     if isinstance(error, PermissionError) and error.filename:

@@ -286,8 +286,9 @@ class _Resumed(NamedTuple):
 
 def _begin_worker(worker: int) -> None:
     """Lets only the main process end a worker: schedulers signal all, and it still needs its batches then."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, where no scheduler is to be expected either
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where no scheduler is to be expected either
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_leave_when_told, args=(os.getppid(),), daemon=True).start()
     if os.environ.get("PL_SEED_WORKERS") == "1":  # what Lightning would have put in this place

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -179,7 +179,22 @@ class BaseTask(L.LightningModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """Adds the exponential moving average to training when one is asked for."""
         decay = self.hparams["ema_decay"]
-        return [_WeightAverage(decay=decay)] if decay is not None and self.trainer.state.fn == "fit" else []
+        if decay is None or self.trainer.state.fn != "fit":
+            return []
+        precision = self.trainer.precision
+        if precision != "32-true" and not precision.endswith("-mixed"):
+            raise InputError(
+                f"trainer.precision={precision!r} with model.ema_decay={decay}: the average needs weights in 32 bits; "
+                "give --trainer.precision bf16-mixed or 32-true, or --model.ema_decay null"
+            )
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            averages = isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+            if averages and not isinstance(callback, _WeightAverage):
+                raise InputError(
+                    f"trainer.callbacks: {type(callback).__name__} with model.ema_decay={decay}: both replace the "
+                    "weights by an average; leave one of the two out"
+                )
+        return [_WeightAverage(decay=decay)]
 
     # ---- optimisation -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,159 @@
+"""Options that cannot work, found before anything runs."""
+
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import Logger
+
+from awconv.errors import InputError, is_number
+
+# where an exception comes from the options and not from a bug of this project or of a fork
+_LIBRARIES = {
+    *("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "jsonargparse"),
+    *("torch", "torchvision", "torchmetrics", "timm", "numpy", "matplotlib", "rich", "tqdm"),
+    *("wandb", "mlflow", "comet_ml", "tensorboard", "tensorboardX", "neptune", "litlogger"),
+    *sys.stdlib_module_names,
+}
+_MINIMA = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+    "gradient_clip_val": 0,
+}
+
+
+def require_sensible_numbers(config: Any, command: str) -> None:
+    """Refuses numbers on which Lightning divides by zero, or that no machine can count to.
+
+    Args:
+        config: The parsed config of the command.
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        InputError: If there is one.
+    """
+    for name, value in _numbers(config, ""):
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise InputError(f"{name}={value}: expected a whole number below 2**63; give a smaller one")
+    trainer = config.trainer
+    for name, low in _MINIMA.items():
+        value = trainer.get(name)
+        if value is not None and not (is_number(value) and value >= low):
+            raise InputError(f"trainer.{name}={value}: expected a number of at least {low}, or null for the default")
+    every = trainer.get("val_check_interval")
+    if is_number(every) and every <= 0:
+        raise InputError(
+            f"trainer.val_check_interval={every}: expected a part of an epoch above 0, or a number of batches from 1; "
+            "to validate never give --trainer.limit_val_batches 0"
+        )
+    if command == "fit" and trainer.get("limit_train_batches") == 0:
+        raise InputError(
+            "trainer.limit_train_batches=0: expected at least one batch to train on; to measure without training use "
+            "the command validate or test"
+        )
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (dict, Namespace)):
+        for key, inner in (vars(value) if isinstance(value, Namespace) else value).items():
+            yield from _numbers(inner, f"{name}.{key}" if name and key != "init_args" else name or str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _numbers(inner, name)
+    else:
+        yield name, value
+
+
+def require_one_accumulation(trainer: L.Trainer) -> None:
+    """Refuses two answers to how many batches make a step."""
+    given = trainer.accumulate_grad_batches
+    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if given != 1 and any(scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers):
+        raise InputError(
+            f"trainer.accumulate_grad_batches={given}: GradientAccumulationScheduler sets it from epoch to epoch; "
+            "leave one of the two out"
+        )
+
+
+def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """Makes an object of a class that the config names.
+
+    Args:
+        cls: The class.
+        args: Its arguments.
+        kwargs: Its arguments by name.
+
+    Raises:
+        InputError: If a library's constructor refuses the arguments, or needs a package that is not installed.
+    """
+    try:
+        return cls(*args, **kwargs)
+    except InputError:
+        raise
+    except Exception as error:
+        frames = _frames(error)[1:]
+        # without a frame the arguments do not fit the constructor
+        at_fault = all(map(_is_library, frames)) if frames else _root(cls.__module__) in _LIBRARIES
+        if at_fault or isinstance(error, MisconfigurationException):
+            raise InputError(_refusal(cls, error, kwargs)) from error
+        raise
+
+
+def refused_by_library(error: Exception) -> str | None:
+    """Finds the callback or logger of a library that cannot do what it was asked for, behind an exception of a run.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        What it says in one line; None where code of this project or of a fork had a part in it.
+    """
+    frames = [frame for frame in _frames(error) if not _module(frame).startswith("awconv.cli")]
+    if frames and isinstance(error, ValueError) and _module(frames[-1]).startswith("lightning.pytorch.loops."):
+        return f"the trainer refuses its settings: {' '.join(str(error).split())}"  # whoever called the loop
+    if not all(map(_is_library, frames)):
+        return None
+    for frame in reversed(frames):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, L.Callback | Logger):
+            return _refusal(type(owner), error, vars(owner))
+    return None
+
+
+def _frames(error: BaseException) -> list[FrameType]:
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def _is_library(frame: FrameType) -> bool:
+    return _root(_module(frame)) in _LIBRARIES
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _refusal(cls: type, error: Exception, options: Mapping[str, Any]) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):
+        return f"{cls.__name__} needs a package that is not installed: {text}"
+    named = {name.strip("_"): value for name, value in options.items()}
+    given = ", ".join(
+        f"{name}={value!r}"
+        for name, value in named.items()
+        if re.search(rf"\b{name}\b", text) or (isinstance(value, str) and len(value) > 3 and value in text)
+    )
+    kind = "" if isinstance(error, ValueError | MisconfigurationException) else f"{type(error).__name__}: "
+    return f"{cls.__name__}{f'({given})' if given else ''} is refused: {kind}{text}"

@@ -1,0 +1,46 @@
+"""What a machine may lack: a terminal that shows every character, a home folder that can be written to."""
+
+import codecs
+import io
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+
+
+def replace_what_cannot_be_shown() -> None:
+    """Lets standard output and error escape characters that their encoding lacks; otherwise printing one raises."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and not _is_utf8(stream):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def progress_bar() -> ProgressBar:
+    """Rich's bar, or where standard output lacks its characters tqdm's, which has a form in ASCII."""
+    return RichProgressBar() if _is_utf8(sys.stdout) else TQDMProgressBar()
+
+
+def _is_utf8(stream: object) -> bool:
+    # pytest and notebooks replace the streams by objects that may have no encoding, and take any character
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return codecs.lookup(encoding).name.startswith("utf")
+
+
+def keep_wandb_files_in(run_dir: str) -> None:
+    """Gives W&B a place for its files in the run's folder where the home folder cannot take them.
+
+    Args:
+        run_dir: The run's folder.
+    """
+    try:
+        there = Path.home()
+    except RuntimeError:  # neither HOME nor a user of that number, as in some containers
+        there = Path(tempfile.gettempdir())
+        os.environ["HOME"] = str(there)
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+            os.environ.setdefault(name, str(Path(run_dir, "wandb")))
