@@ -260,7 +260,7 @@ class COCODataModule(BaseDataModule):
 
     @property
     def _skips_bad(self) -> bool:
-        return getattr(self, "on_bad_image", None) == "skip"
+        return self.on_bad_image == "skip"
 
     # ---- transforms and batches
 
