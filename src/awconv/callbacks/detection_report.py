@@ -217,7 +217,9 @@ class DetectionReport(PredictionFiles):
     def line(self, pl_module: pl.LightningModule, prediction: _Predicted) -> dict[str, Any]:
         """Gives the detections in an image as JSON: COCO's results, with the file's name."""
         _, ids = classes_of(pl_module)
-        return {"file_name": prediction.path, "results": _coco_results([prediction], ids)}
+        results = _coco_results([prediction], ids)
+        kept = ("category_id", "bbox", "score")
+        return {"file_name": prediction.path, "detections": [{key: found[key] for key in kept} for found in results]}
 
     def files(self, pl_module: pl.LightningModule, predicted: list[_Predicted]) -> Files:
         """Gives the JSON files first: to draw a folder of images takes a while, in which a run may be interrupted."""

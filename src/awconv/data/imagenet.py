@@ -107,7 +107,7 @@ class ImageNetDataModule(ClassificationDataModule):
             folders = self._class_folders("train")
             if len(folders) == 1:
                 raise InputError(
-                    f"root={self.root!r}: expected at least two class folders in {Path(self.root) / 'train'}, found only "
+                    f"root={self.root!r}: expected at least two class folders in {self._below('train')}, found only "
                     f"{next(iter(folders))}; add a folder with images of another class"
                 )
             if (Path(self.root) / "val").is_dir():

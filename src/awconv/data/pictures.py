@@ -27,17 +27,17 @@ from awconv.errors import InputError
 
 _T = TypeVar("_T")
 
-# What Pillow decodes itself. Left out are EPS, for which it starts Ghostscript, whatever the file is called; formats that
-# need a handler (BUFR, GRIB, HDF5, WMF); and films (FLI, MPEG).
+# What Pillow decodes itself. Left out are EPS, for which it starts Ghostscript, whatever the file is called; formats
+# that need a handler (BUFR, GRIB, HDF5, WMF); and films (FLI, MPEG).
 FORMATS = frozenset(
-    "AVIF BLP BMP CUR DCX DDS DIB FITS FTEX GBR GIF ICNS ICO IM IMT IPTC JPEG JPEG2000 MCIDAS MSP PCD PCX PIXAR PNG "
-    "PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB".split()
+    "AVIF BLP BMP CUR DCX DDS DIB FITS FTEX GBR GIF ICNS ICO IM IMT IPTC JPEG "  # noqa: SIM905
+    "JPEG2000 MCIDAS MSP PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB".split()
 )
 
 EXTENSIONS = frozenset(
-    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .fit .fits .ftc .ftu .gbr .gif .icb .icns .ico .iim .im .j2c "
-    ".j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd .pxr .qoi "
-    ".ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm".split()
+    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .fit .fits .ftc .ftu .gbr .gif .icb .icns .ico .iim "  # noqa: SIM905
+    ".im .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd "
+    ".pxr .qoi .ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm".split()
 )
 """Extensions of the still images that Pillow reads."""
 
