@@ -142,7 +142,9 @@ def test_classification(root):
     for index, image in enumerate(images):
         inputs[dataset.path(index).rpartition("/")[2]]["decode_on_device"] = image
     paths = [root / "train" / "a" / name for name in FILES]
-    for name, shown in zip(FILES, read_pictures(nn.Identity(), "images", paths, data.predict_transform(), None)):
+    for name, shown in zip(
+        FILES, read_pictures(nn.Identity(), "images", paths, data.predict_transform(), None), strict=True
+    ):
         inputs[name]["figure"] = shown.tensor
     # four levels of a colour, by which decoders of JPEG differ
     level = 4 / 255 / min(data.std)

@@ -4,6 +4,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Container, Mapping
+from copy import deepcopy
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -98,6 +99,7 @@ class ImageNetDataModule(ClassificationDataModule):
         self._shorter_side = shorter_side
         self.decode_on_device = decode_on_device
         self._names = class_names
+        self._folders: dict[str, tuple[dict[str, list[str]], PassedOver]] = {}
         self._told: set[str] = set()
 
     @property
@@ -118,9 +120,9 @@ class ImageNetDataModule(ClassificationDataModule):
     def load(self, split: Split, transform: Transform) -> MapDataset:
         """Return a split; see :class:`ClassificationDataModule`."""
         folder = "train" if split == "train" else "val"
-        passed_over = PassedOver()
         # the folders are looked at before the class names, for the plainer message where both are wrong
-        folders = self._class_folders(folder, passed_over)
+        folders = self._class_folders(folder)
+        passed_over = deepcopy(self._folders[folder][1])
         names = self.class_names
         paths: list[str] = []
         targets: list[int] = []
@@ -169,8 +171,13 @@ class ImageNetDataModule(ClassificationDataModule):
     def _below(self, *parts: str) -> Path:
         return Path(self.root, *parts)
 
-    def _class_folders(self, split: str, passed_over: PassedOver | None = None) -> dict[str, list[str]]:
+    def _class_folders(self, split: str) -> dict[str, list[str]]:
         """The classes of a split in order, each with its folder, or folders whose names are spelled differently."""
+        if split not in self._folders:
+            self._folders[split] = self._scan(split)
+        return self._folders[split][0]
+
+    def _scan(self, split: str) -> tuple[dict[str, list[str]], PassedOver]:
         root, folder = self._below(), self._below(split)
         layout = f"{split}/CLASS/*.JPEG in it"
         if not root.is_dir():
@@ -184,12 +191,13 @@ class ImageNetDataModule(ClassificationDataModule):
             raise InputError(f"root={self.root!r}: expected {layout}, found {found}; add {folder}{hint}")
         classes: list[str] = []
         loose: list[str] = []
+        passed_over = PassedOver()
         for entry in os.scandir(folder):
             if entry.is_dir() and not is_hidden(entry.name):
                 classes.append(entry.name)
             elif has_image_extension(entry.name) and not is_hidden(entry.name):
                 loose.append(entry.name)
-            elif passed_over is not None:
+            else:
                 passed_over.count(entry.name)
         if loose:
             loose.sort()
@@ -204,7 +212,8 @@ class ImageNetDataModule(ClassificationDataModule):
                 "make one folder per class and put its pictures there"
             )
         spellings = sorted((_composed(name), name) for name in classes)
-        return {name: [own for _, own in group] for name, group in groupby(spellings, key=itemgetter(0))}
+        folders = {name: [own for _, own in group] for name, group in groupby(spellings, key=itemgetter(0))}
+        return folders, passed_over
 
     def _refuse_unknown(self, train: Mapping[str, list[str]]) -> None:
         others = {name: own for name, own in self._class_folders("val").items() if name not in train}
