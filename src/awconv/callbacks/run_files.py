@@ -131,6 +131,11 @@ class PredictionFiles(RunFiles):
         if self._partial is not None and kept:
             self._partial.add([self.line(pl_module, prediction) for prediction in kept])
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Closes the file of what came so far."""
+        if self._partial is not None:
+            self._partial.close()
+
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Gathers all processes' predictions on the first one, once, and writes them.
 
@@ -187,12 +192,16 @@ class _Partial:
                 continue
         raise AssertionError
 
+    def close(self) -> None:
+        """Leaves the file as it is."""
+        if self._file is not None:
+            self._file.close()
+
     def remove(self) -> None:
         """Removes the file."""
         if self._file is not None:
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
-            self._file = None
 
 
 @contextmanager
