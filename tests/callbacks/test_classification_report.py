@@ -91,7 +91,7 @@ def evaluation_batches(logits, targets, size=5):
 
 
 def predict_batches(logits, paths, size=4):
-    return DataLoader([(row, str(path)) for row, path in zip(logits, paths, strict=True)], batch_size=size)
+    return DataLoader([(row, os.fspath(path)) for row, path in zip(logits, paths, strict=True)], batch_size=size)
 
 
 def rows_of(path):
