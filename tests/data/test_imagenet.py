@@ -235,7 +235,7 @@ def test_class_folders_that_differ(imagenet_root):
         shutil.copytree(imagenet_root / "val" / "cat", imagenet_root / "val" / name)
     for ask in (lambda data: data.class_names, lambda data: data.setup("fit")):
         message = message_of(lambda ask=ask: ask(module(imagenet_root)))
-        assert "found others in val/: ape, bat, cow, ... (4 in all)" in message
+        assert "only in train/: dog; only in val/: ape, bat, cow, ... (4 in all)" in message
 
 
 @pytest.mark.parametrize("absent", ["no folder", "an empty folder", "a folder without images"])

@@ -219,9 +219,11 @@ class ImageNetDataModule(ClassificationDataModule):
         others = {name: own for name, own in self._class_folders("val").items() if name not in train}
         unknown = self._with_images("val", others)
         if unknown:
+            missing = [name for name in train if name not in self._class_folders("val")]
+            absent = f"only in train/: {', '.join(shown(missing))}; " if missing else ""
             raise InputError(
-                f"root={self.root!r}: expected the class folders of train/ in val/, found others in val/: "
-                f"{', '.join(shown(unknown))}; add them to train/ or remove them"
+                f"root={self.root!r}: expected in val/ only class folders of train/, found {absent}"
+                f"only in val/: {', '.join(shown(unknown))}; add what is missing or remove the rest"
             )
 
     def _with_images(self, split: str, folders: Mapping[str, list[str]]) -> list[str]:

@@ -34,7 +34,7 @@ class ToImage:
         to_grey = self.channels == 1
         convertible = self.channels in (1, 3)
         if isinstance(picture, PIL.Image.Image) and convertible:
-            picture = to_tensor(picture, getattr(picture, "filename", "") or "an image")
+            picture = to_tensor(picture, getattr(picture, "filename", "") or "a picture")
         image: Tensor = picture if isinstance(picture, Tensor) else v2.functional.to_image(picture)
         if type(image) is not Tensor:  # whose operations all take a detour through Python
             image = image.as_subclass(Tensor)
