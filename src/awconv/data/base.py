@@ -56,8 +56,8 @@ class BaseDataModule(LightningDataModule):
         predict_dir: Folder of images for ``predict``, searched with all its subfolders but the hidden ones.
         on_bad_image: What to do at a file that cannot be read: "stop" with an error that names it, or "skip" it.
             ``predict`` skips it by going on without it, and lists it in ``skipped.csv``; training by taking the next
-            one instead, with a warning. Null skips in ``predict`` alone. Validation and test stop at a file that turns out
-            to be damaged, since their measures are of a set of images that is known.
+            one instead, with a warning. Null skips in ``predict`` alone. Validation and test stop at a file that turns
+            out to be damaged, since their measures are of a set of images that is known.
         check_images: Decode every image file of the splits that a command uses before it begins, and stop if any cannot
             be read. It takes as long as an epoch of reading them. (``predict`` checks only with `on_bad_image` "stop".)
         seed: Seed of what the data module itself makes or cuts out; nothing else depends on it.
