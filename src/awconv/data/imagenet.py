@@ -43,8 +43,8 @@ class ImageNetDataModule(ClassificationDataModule):
     for training only, and ``predict`` needs no `root` at all. Unicode spellings of one name (NFC, NFD) are one class.
     A class of ``train/`` may be without validation images; that is said in one line.
 
-    Images are read upright, as their EXIF orientation says, by every command. Some training sets of others take
-    ImageNet's few turned images as they are stored.
+    Images are read upright, as their EXIF orientation says, by every command; ImageNet's few turned images too, which
+    other projects may take as they are stored.
 
     Args:
         root: Folder that holds ``train`` and ``val``.

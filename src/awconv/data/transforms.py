@@ -50,8 +50,11 @@ class ToImage:
 
 def _to_grey(image: Tensor) -> Tensor:
     """Grey of an image (..., 3, H, W), rounded as Pillow does: torchvision's makes 254 of white."""
-    if image.shape[-3] == 1 or image.dtype != torch.uint8:
-        return v2.functional.rgb_to_grayscale(image)
+    if image.shape[-3] == 1:
+        return image
+    if image.dtype != torch.uint8:
+        of_floats: Tensor = v2.functional.rgb_to_grayscale(image)
+        return of_floats
     red, green, blue = image.to(torch.int32).unbind(-3)
     grey = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return grey.to(torch.uint8).unsqueeze(-3)
