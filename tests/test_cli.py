@@ -669,7 +669,24 @@ def test_predicting_what_is_no_picture(cli, tmp_path, trained):
     assert not list((tmp_path / "runs").glob("*/*-predict")), "a folder of a run that never was"
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "good.png")
     (folder / "bad.png").write_bytes(b"no picture")
-    assert_one_clear_line(cli(*common), "bad.png")
+    code, out, err = cli(*common, f"--run_dir={tmp_path / 'skipped'}")
+    assert code == 0, err
+    assert f"1 of 2 images skipped, such as {folder / 'bad.png'}: this file is not a picture" in out
+    names = {path.name for path in (tmp_path / "skipped").iterdir()}
+    assert names >= {"predictions.csv", "predictions.png", "skipped.csv"}
+    assert not any("partial" in name for name in names)
+    assert len((tmp_path / "skipped/predictions.csv").read_text().splitlines()) == 2
+
+    (folder / "bad.png").rename(folder / "zz.png")
+    stopping = ("--data.on_bad_image=stop", "--data.batch_size=1", f"--run_dir={tmp_path / 'stopped'}")
+    code, _, err = cli(*common, *stopping)
+    assert code == 2
+    assert "zz.png: this file is not a picture" in err
+    # what came before it is kept
+    assert len((tmp_path / "stopped/predictions.partial.jsonl").read_text().splitlines()) == 1
+
+    (folder / "good.png").unlink()
+    assert cli(*common)[0] == 2
 
 
 # ---- real processes -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import os
 import warnings
 from pathlib import Path
@@ -20,7 +21,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from awconv.callbacks import ClassificationReport, draw_confusion_matrix, draw_contact_sheet
 from awconv.callbacks.classification_figures import _COLOURS, PredictedPicture, draw_prediction_sheet
-from awconv.data.pictures import read_picture
+from awconv.data.pictures import Unreadable, read_picture
 from awconv.errors import InputError
 from processes import spawn_two
 
@@ -90,7 +91,7 @@ def evaluation_batches(logits, targets, size=5):
 
 
 def predict_batches(logits, paths, size=4):
-    return DataLoader([(row, str(path)) for row, path in zip(logits, paths, strict=True)], batch_size=size)
+    return DataLoader([(row, os.fspath(path)) for row, path in zip(logits, paths, strict=True)], batch_size=size)
 
 
 def rows_of(path):
@@ -290,9 +291,38 @@ def test_an_interrupted_prediction_leaves_nothing_to_the_next(tmp_path):
     model.predict_step = broken_at_c
     with pytest.raises(RuntimeError, match="truncated"):
         trainer.predict(model, predict_batches(logits[:3], ["a.png", "b.png", "c.png"], size=2))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.partial.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "predictions.partial.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == ["a.png", "b.png"]
+    assert [line["classes"][0]["class"] for line in lines] == NAMES[:2]
     trainer.predict(model, predict_batches(logits[3:], ["d.png", "e.png"]))
     assert [row["path"] for row in rows_of(tmp_path / "predictions.csv")] == ["d.png", "e.png"]
+
+
+def bad(path):
+    """The path of an image that cannot be read."""
+    return Unreadable.of(path, InputError(f"{path}: is broken"))
+
+
+def test_what_was_skipped_is_listed_and_counted(tmp_path, capsys):
+    paths = ["a.png", bad("x.png"), "b.png", bad("w.png"), ""]
+    trainer = make_trainer(tmp_path, ClassificationReport())
+    trainer.predict(Classifier(), predict_batches(torch.eye(K)[:5], paths, size=2))
+    assert [row["path"] for row in rows_of(tmp_path / "predictions.csv")] == ["a.png", "b.png"]
+    assert rows_of(tmp_path / "skipped.csv") == [
+        {"path": "w.png", "reason": "is broken"},
+        {"path": "x.png", "reason": "is broken"},
+    ]
+    assert "2 of 4 images skipped, such as w.png: is broken" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_a_prediction_of_nothing_that_can_be_read_fails(tmp_path):
+    trainer = make_trainer(tmp_path, ClassificationReport())
+    with pytest.raises(InputError) as caught:
+        trainer.predict(Classifier(), predict_batches(torch.eye(K)[:2], [bad("x.png"), bad("y.png")]))
+    assert str(caught.value) == "predict_dir: none of its images can be read, such as x.png: is broken"
+    assert [path.name for path in tmp_path.iterdir()] == ["skipped.csv"]
 
 
 def test_fewer_classes_than_five_and_ties_and_bfloat16(tmp_path):
@@ -545,12 +575,11 @@ def test_exif_orientation_is_honoured(tmp_path, orientation):
         assert pixels[y, x, 0] < 60
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "I", "F"])
-def test_every_mode_of_pictures_is_drawn(tmp_path, mode):
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "I;16"])
+def test_every_mode_that_the_network_gets_is_drawn(tmp_path, mode):
     ramp = np.linspace(0, 1, 30)[None].repeat(20, 0)
-    if mode in {"I;16", "I", "F"}:
-        dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-        picture = Image.fromarray((ramp * 60000).astype(dtype))
+    if mode == "I;16":
+        picture = Image.fromarray((ramp * 65000).astype(np.uint16))
     else:
         picture = Image.fromarray((ramp * 255).astype(np.uint8)).convert("RGB").convert(mode)
     assert picture.mode == mode

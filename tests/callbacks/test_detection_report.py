@@ -32,6 +32,7 @@ from awconv.callbacks import (
 from awconv.callbacks.canvas import ink_on
 from awconv.callbacks.detection_figures import PALETTE, colour_of
 from awconv.data import COCODataModule
+from awconv.data.pictures import Unreadable
 from awconv.errors import InputError
 from awconv.metrics import BoxMeanAveragePrecision
 from processes import spawn_two
@@ -417,7 +418,12 @@ def test_an_interrupted_write_keeps_what_was_whole(tmp_path, monkeypatch):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         make_trainer(tmp_path / "out", DetectionReport()).predict(Detector({}), batches(pairs))
     assert drawn
-    assert names_in(tmp_path / "out") == ["pictures.json", "predictions.json", "predictions.png"]
+    assert names_in(tmp_path / "out") == [
+        "pictures.json",
+        "predictions.json",
+        "predictions.partial.jsonl",
+        "predictions.png",
+    ]
 
 
 @pytest.mark.parametrize("logger", [True, False])
@@ -612,8 +618,14 @@ def test_an_interrupted_prediction_leaves_nothing_to_the_next(tmp_path):
     model.predict_step = broken_at_c
     with pytest.raises(RuntimeError, match="truncated"):
         trainer.predict(model, batches(pairs, 1))
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+    assert names_in(tmp_path / "out") == ["predictions.partial.jsonl"]
+    lines = [json.loads(line) for line in (tmp_path / "out/predictions.partial.jsonl").read_text().splitlines()]
+    assert [Path(line["file_name"]).name for line in lines] == ["a.png", "b.png"]
+    for line, (_, path) in zip(lines, pairs, strict=False):
+        assert [found["score"] for found in line["detections"]] == detections[path]["scores"].tolist()
+        assert all(found.keys() == {"category_id", "bbox", "score"} for found in line["detections"])
     trainer.predict(model, batches(pairs[:1]))
+    assert "predictions.partial_2.jsonl" not in names_in(tmp_path / "out")
     assert names_in(tmp_path / "out/predictions") == ["a.png"]
 
 
@@ -630,6 +642,22 @@ def test_missing_glyphs_are_told_once_for_all_pictures(tmp_path):
     assert sum("installed fonts lack" in message for message in messages) == 2
 
 
+def bad(path):
+    """A sample of prediction whose file cannot be read."""
+    return torch.zeros(3, 8, 8, dtype=torch.uint8), Unreadable.of(path, InputError(f"{path}: is broken"))
+
+
+def test_what_was_skipped_is_listed_and_counted(tmp_path, capsys):
+    pairs, detections = prediction(tmp_path, ["a.png", "b.png"])
+    make_trainer(tmp_path / "out", DetectionReport()).predict(
+        Detector(detections), batches([pairs[0], bad("x"), pairs[1]])
+    )
+    assert (tmp_path / "out/skipped.csv").read_text().splitlines() == ["path,reason", "x,is broken"]
+    assert "1 of 3 images skipped, such as x: is broken" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "out/pictures.json").read_text())["images"]) == 2
+    assert not any("partial" in name for name in names_in(tmp_path / "out"))
+
+
 # --- two processes ---
 
 
@@ -640,7 +668,7 @@ def _in_one_of_two_processes(rank, folder, pairs, predicted):
     samples.append(samples[0])
     trainer.test(Detector(detections), batches(samples[rank::2]), verbose=False)
 
-    pairs = [*pairs, (torch.zeros(3, 8, 8, dtype=torch.uint8), "")]
+    pairs = [*pairs, (torch.zeros(3, 8, 8, dtype=torch.uint8), ""), bad("x.png"), bad("w.png")]
     trainer.predict(Detector(predicted), batches(pairs[rank::2]))
     assert bool(callbacks[1]._written) == (rank == 0)
 
@@ -653,10 +681,15 @@ def test_two_processes_write_what_one_does(tmp_path):
     samples, detections = evaluated()
     alone = make_trainer(tmp_path / "one", DetectionReport(max_pictures=6))
     alone.test(Detector(detections), batches(samples), verbose=False)
-    alone.predict(Detector(predicted), batches(pairs))
+    alone.predict(Detector(predicted), batches([*pairs, bad("w.png"), bad("x.png")]))
     names = names_in(tmp_path / "one")
     assert names == names_in(tmp_path / "two")
-    assert len(names) == 15
+    assert len(names) == 16
+    assert (tmp_path / "two/skipped.csv").read_text().splitlines() == [
+        "path,reason",
+        "w.png,is broken",
+        "x.png,is broken",
+    ]
     for name in names:
         if (tmp_path / "one" / name).is_file():
             assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name

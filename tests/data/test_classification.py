@@ -598,14 +598,32 @@ def test_a_folder_that_cannot_be_predicted(tmp_path, kind):
     assert "\n" not in message
 
 
-def test_an_unreadable_picture_stops_prediction_by_name(tmp_path, picture_folder):
+def test_an_unreadable_picture_stops_prediction_by_name_where_that_is_asked_for(tmp_path, picture_folder):
     (picture_folder / "more" / "zz.jpg").write_text("not a picture")
-    module = PatchesDataModule(batch_size=2, num_workers=2, predict_dir=str(picture_folder))
+    options = {"batch_size": 2, "num_workers": 2, "predict_dir": str(picture_folder)}
+    module = PatchesDataModule(**options, on_bad_image="stop")
     with pytest.raises(InputError) as caught:
         trainer(tmp_path).predict(Watch(), module)
     assert (
         str(caught.value) == f"{picture_folder / 'more' / 'zz.jpg'}: this file is not a picture; replace or remove it"
     )
+    watch = Watch()
+    trainer(tmp_path).predict(watch, PatchesDataModule(**options))
+    skipped = [path for _, paths in watch.batches["predict"] for path in paths if not path]
+    assert [path.path for path in skipped] == [str(picture_folder / "more" / "zz.jpg")]
+
+
+def test_a_pil_image_is_turned_as_a_file_is(tmp_path):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    module = PatchesDataModule(batch_size=1, predict_dir=str(tmp_path))
+    ((image,), _) = next(iter(module.predict_dataloader()))
+    with PIL.Image.open(tmp_path / "a.png") as picture:
+        # torchvision's data sets convert, and what the file says of its orientation stays
+        assert torch.equal(module.eval_transform()(picture.convert("RGB")), image)
+    assert torch.equal(module.eval_transform()(PIL.Image.fromarray(np.rot90(pixels, -1).copy())), image)
 
 
 # ---- two real processes

@@ -429,11 +429,31 @@ def test_categories_without_boxes_are_said_before_training(coco_root, said):
     assert "none of its 12 pictures has a box" in error_of(coco(coco_root, keep_empty=True).setup, "fit")
 
 
+def test_prediction_skips_what_cannot_be_read(tmp_path):
+    PIL.Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    options = {"predict_dir": str(tmp_path), "class_names": ["a"], "category_ids": [1], "num_workers": 0}
+    ((images, paths),) = COCODataModule(**options).predict_dataloader()
+    assert paths == [str(tmp_path / "a.png"), ""]
+    assert paths[1].path == str(tmp_path / "b.jpg")
+    assert [image.dtype for image in images] == [torch.uint8, torch.uint8]
+    assert "b.jpg: this file is not a picture" in error_of(
+        list, COCODataModule(**options, on_bad_image="stop").predict_dataloader()
+    )
+
+
+def test_all_images_are_checked_where_that_is_asked_for(coco_root):
+    bad = sorted((coco_root / "val2017").iterdir())[2]
+    bad.write_bytes(bad.read_bytes()[:-300])
+    coco(coco_root).setup("fit")
+    message = error_of(coco(coco_root, check_images=True).setup, "fit")
+    assert message.startswith("check_images=True: 1 of the ")
+    assert f"images of train and val cannot be read: {bad}: this picture cannot be read (" in message
+
+
 def test_bad_images_are_left_out_of_training_alone_and_only_where_asked_for(coco_root, said):
     def skipping():
-        module = coco(coco_root, keep_empty=True)
-        module.on_bad_image = "skip"
-        return module
+        return coco(coco_root, keep_empty=True, on_bad_image="skip")
 
     files = sorted((coco_root / "train2017").iterdir())
     files[3].unlink()
@@ -530,7 +550,7 @@ def test_a_truncated_picture_is_named_when_it_is_read(coco_root):
 
 def test_predict_needs_pictures(tmp_path):
     module = COCODataModule(predict_dir=str(tmp_path), class_names=["a"], category_ids=[1])
-    assert error_of(module.setup, "predict").startswith(f"predict_dir='{tmp_path}': expected pictures (")
+    assert error_of(module.setup, "predict").startswith(f"predict_dir='{tmp_path}': expected images (")
 
 
 def test_what_was_clipped_and_dropped_is_said_once(coco_root, said):

@@ -1,4 +1,5 @@
 import shutil
+import unicodedata
 
 import PIL.Image
 import pytest
@@ -86,9 +87,11 @@ def test_default_sizes_are_the_usual_recipe():
         ),
         ({"eval_image_size": 32.5}, "eval_image_size=32.5: expected"),
         ({"eval_resize_size": "64"}, "eval_resize_size='64': expected"),
-        ({"on_bad_image": "ignore"}, "on_bad_image='ignore': expected stop or skip"),
+        ({"on_bad_image": "ignore"}, "on_bad_image='ignore': expected stop, skip or null"),
         ({"class_names": ["a", "b", "a"]}, "class_names=['a']: expected each name once"),
-        ({"class_names": []}, "class_names=[]: expected at least one name"),
+        ({"class_names": []}, "class_names=[]: expected at least two names"),
+        ({"class_names": ["cat"]}, "class_names=['cat']: expected at least two names"),
+        ({"check_images": "yes"}, "check_images='yes': expected true or false"),
     ],
 )
 def test_bad_arguments(imagenet_root, options, start):
@@ -116,9 +119,7 @@ def test_all_names_of_imagenet_are_unique():
     assert names[999] == "toilet tissue"
 
 
-@pytest.mark.parametrize(
-    "classes", [("n01440764", "n99999999"), ("n00004475", "n01440764"), ("n01440764", "cat"), ("cat",)]
-)
+@pytest.mark.parametrize("classes", [("n01440764", "n99999999"), ("n00004475", "n01440764"), ("n01440764", "cat")])
 def test_other_folders_keep_their_names(tmp_path, classes):
     make_class_folders(tmp_path, classes=classes)
     assert module(tmp_path).class_names == sorted(classes)
@@ -231,16 +232,98 @@ def test_a_val_that_is_half_sorted(imagenet_root):
 def test_class_folders_that_differ(imagenet_root):
     shutil.rmtree(imagenet_root / "val" / "dog")
     for name in ("yak", "ape", "bat", "cow"):
-        (imagenet_root / "val" / name).mkdir()
+        shutil.copytree(imagenet_root / "val" / "cat", imagenet_root / "val" / name)
     for ask in (lambda data: data.class_names, lambda data: data.setup("fit")):
         message = message_of(lambda ask=ask: ask(module(imagenet_root)))
         assert "only in train/: dog; only in val/: ape, bat, cow, ... (4 in all)" in message
 
 
+@pytest.mark.parametrize("absent", ["no folder", "an empty folder", "a folder without images"])
+@pytest.mark.parametrize("names", [None, ["owl", "dog", "cat"]])
+def test_a_class_without_validation_images(imagenet_root, capsys, caplog, absent, names):
+    shutil.rmtree(imagenet_root / "val" / "dog")
+    if absent != "no folder":
+        (imagenet_root / "val" / "dog").mkdir()
+        (imagenet_root / "val" / "left over").mkdir()  # empty, and so nobody's class
+    if absent == "a folder without images":
+        (imagenet_root / "val" / "dog" / "notes.txt").touch()
+    data = module(imagenet_root, class_names=names)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+        data.setup("test")
+    assert [record.message for record in caplog.records if "no images of" in record.message] == [
+        f"{imagenet_root}/val: no images of 1 of the 3 classes: dog"
+    ]
+    targets = torch.cat([targets for _, targets in data.val_dataloader()]).bincount(minlength=3)
+    assert targets.tolist() == [3, 0, 3]
+    assert data.class_names == (names or ["cat", "dog", "owl"])
+
+
+def test_no_validation_image_at_all(imagenet_root):
+    for path in (imagenet_root / "val").glob("*/*"):
+        path.unlink()
+    assert "the class folders in val/ hold no images" in message_of(lambda: module(imagenet_root).setup("fit"))
+
+
+def test_of_two_cranes_one_may_be_without_validation_images(tmp_path):
+    make_class_folders(tmp_path, classes=("n01440764", "n02012849", "n03126707"))
+    shutil.rmtree(tmp_path / "val" / "n02012849")
+    data = module(tmp_path)
+    data.setup("fit")
+    assert set(torch.cat([targets for _, targets in data.val_dataloader()]).tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_one_name_in_two_spellings_of_unicode_is_one_class(tmp_path, given):
+    composed, apart = (unicodedata.normalize(form, "Käfer") for form in ("NFC", "NFD"))
+    make_class_folders(tmp_path, classes=("cat", composed))
+    (tmp_path / "val" / composed).rename(tmp_path / "val" / apart)
+    # an archive of the one and a copy of the other may even lie side by side
+    (tmp_path / "train" / apart).mkdir()
+    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "train" / apart / "more.png")
+    data = module(tmp_path, class_names=[apart, "cat"] if given else None)
+    data.setup("fit")
+    assert data.class_names == ([apart, "cat"] if given else [composed, "cat"])
+    index = data.class_names.index(apart if given else composed)
+    targets = [
+        torch.cat([targets for _, targets in loader]) for loader in (data.train_dataloader(), data.val_dataloader())
+    ]
+    assert (targets[1] == index).sum() == 3
+    assert len(data.load_split("train")) == 9
+
+
+def test_a_single_class(tmp_path):
+    make_class_folders(tmp_path, classes=("cat",))
+    (tmp_path / "train" / "__MACOSX").mkdir()
+    for ask in (lambda data: data.class_names, lambda data: data.setup("fit")):
+        message = message_of(lambda ask=ask: ask(module(tmp_path)))
+        assert message.endswith(
+            f"expected at least two class folders in {tmp_path}/train, found only cat; add a folder with images of "
+            "another class"
+        )
+
+
+def test_one_line_for_each_split_counts_what_is_passed_over(imagenet_root, caplog):
+    for name in (".DS_Store", "Thumbs.db", "cat/notes.txt", "cat/._cat.JPEG", "labels.csv"):
+        (imagenet_root / "train" / name).touch()
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "dog/.thumbnails"):
+        shutil.copytree(imagenet_root / "val" / "cat", imagenet_root / "train" / name)
+    data = module(imagenet_root, predict_dir=str(imagenet_root / "train"))
+    with caplog.at_level("INFO"):
+        for stage in ("fit", "test", "predict"):
+            data.setup(stage)
+    hidden = "7 hidden names (.DS_Store, ._*, .ipynb_checkpoints, ... (7 in all))"
+    assert [record.message for record in caplog.records] == [
+        f"{imagenet_root}/train: passed over 2 files that are no images (.csv, .txt) and {hidden}"
+    ] * 2
+    assert (len(data.load_split("train")), data.class_names) == (12, ["cat", "dog", "owl"])
+    assert sum(len(paths) for _, paths in data.predict_dataloader()) == 12
+
+
 def test_a_class_without_pictures(imagenet_root):
     for path in (imagenet_root / "train" / "dog").iterdir():
         path.unlink()
-    assert "the class folder train/dog holds no pictures" in message_of(lambda: module(imagenet_root).setup("fit"))
+    assert "the class folder train/dog holds no images" in message_of(lambda: module(imagenet_root).setup("fit"))
 
 
 # ---- pictures that cannot be read
@@ -268,10 +351,41 @@ def test_training_may_skip_it(imagenet_root):
     assert targets.bincount().tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize("split", ["val", "predict"])
-def test_evaluation_and_prediction_stop_all_the_same(imagenet_root, split):
+@pytest.mark.parametrize(
+    ("split", "on_bad_image"), [("val", "skip"), ("test", "skip"), ("val", None), ("train", None), ("predict", "stop")]
+)
+def test_everything_else_stops(imagenet_root, split, on_bad_image):
+    path = imagenet_root / ("train" if split == "train" else "val") / "dog" / "dog_0001.JPEG"
+    spoil(path)
+    data = module(imagenet_root, on_bad_image=on_bad_image, predict_dir=str(imagenet_root / "val"))
+    loader = getattr(data, f"{split}_dataloader")()
+    assert message_of(lambda: list(loader)).startswith(f"{path}: this picture cannot be read (")
+
+
+@pytest.mark.parametrize("on_bad_image", [None, "skip"])
+def test_prediction_skips_it(imagenet_root, on_bad_image):
     path = imagenet_root / "val" / "dog" / "dog_0001.JPEG"
     spoil(path)
-    data = module(imagenet_root, on_bad_image="skip", predict_dir=str(imagenet_root / "val"))
-    loader = data.val_dataloader() if split == "val" else data.predict_dataloader()
-    assert message_of(lambda: list(loader)).startswith(f"{path}: this picture cannot be read (")
+    data = module(imagenet_root, on_bad_image=on_bad_image, predict_dir=str(imagenet_root / "val"))
+    paths = [path for _, paths in data.predict_dataloader() for path in paths]
+    assert (len(paths), paths.count("")) == (9, 1)
+    assert str(path) not in paths
+
+
+def test_all_images_are_checked_where_that_is_asked_for(imagenet_root):
+    bad = [imagenet_root / split / "dog" / "dog_0001.JPEG" for split in ("train", "val")]
+    for path in bad:
+        spoil(path)
+    data = module(imagenet_root, check_images=True, predict_dir=str(imagenet_root / "val"))
+    message = message_of(lambda: data.setup("fit"))
+    assert message.startswith(f"check_images=True: 2 of the 21 images of train and val cannot be read: {bad[0]}: ")
+    assert f"; {bad[1]}: " in message
+    assert message.endswith("; replace or remove them")
+    assert "1 of the 9 images of test" in message_of(lambda: data.setup("test"))
+    data.setup("predict")
+    stopping = module(imagenet_root, check_images=True, on_bad_image="stop", predict_dir=str(imagenet_root / "val"))
+    assert "1 of the 9 images of predict" in message_of(lambda: stopping.setup("predict"))
+    for path in bad:
+        path.unlink()
+    data = module(imagenet_root, check_images=True)
+    data.setup("fit")

@@ -1,6 +1,9 @@
 import os
+import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 
 import numpy as np
 import PIL.Image
@@ -8,7 +11,17 @@ import pytest
 import torch
 
 from awconv.data.loading import Loader, collate
-from awconv.data.pictures import PictureDataset, find_pictures, read_picture
+from awconv.data.pictures import (
+    EXTENSIONS,
+    FORMATS,
+    PassedOver,
+    PictureDataset,
+    Unreadable,
+    find_pictures,
+    read_heads,
+    read_picture,
+    unreadable,
+)
 from awconv.errors import InputError
 
 
@@ -88,23 +101,6 @@ def test_a_transparent_palette_gives_its_colours_without_a_warning(tmp_path, rec
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
-def test_exif_orientation_is_followed_where_asked_for(tmp_path, pixels, name):
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # the top of the scene is on the right: turn by 90 degrees clockwise
-    path = tmp_path / name
-    PIL.Image.fromarray(pixels).save(path, exif=exif, quality=95)
-    stored = torch.from_numpy(pixels).permute(2, 0, 1).int()
-    turned = torch.rot90(stored, -1, (1, 2))
-    # PIL turns a TIFF in any case
-    for upright, expected in ((False, turned if name == "a.tiff" else stored), (True, turned)):
-        image = read_picture(path, upright=upright)
-        assert image.shape == expected.shape
-        assert (image.int() - expected).abs().float().mean() <= 3
-    assert PictureDataset([str(path)], None, identity)[0][0].shape == (3, 30, 20)
-    assert torch.equal(PictureDataset([str(path)], [0], identity)[0][0], read_picture(path, upright=False))
-
-
 FLIP_BYTES = """
 import random, sys
 from awconv.data.pictures import read_picture
@@ -120,7 +116,7 @@ for path in sys.argv[1:]:
         with open(path, "wb") as file:
             file.write(flipped)
         try:
-            assert read_picture(path, upright=True).shape[0] == 3
+            assert read_picture(path).shape[0] == 3
         except InputError as error:
             assert str(error).startswith(path + ": ") and "\\n" not in str(error)
             refused += 1
@@ -178,17 +174,105 @@ def test_a_broken_picture_is_named_on_one_line(tmp_path, pixels, name, kind):
     assert "\n" not in message
 
 
+def test_a_head_that_tells_of_absurdly_many_pixels_is_refused_before_they_are_decoded(tmp_path):
+    for name, marker, size in (("a.jpg", b"\xff\xc0", struct.pack(">HH", 16000, 32000)), ("a.png", None, None)):
+        path = tmp_path / name
+        PIL.Image.new("RGB", (64, 64)).save(path)
+        content = bytearray(path.read_bytes())
+        if marker:
+            start = content.index(marker) + 5
+            content[start : start + 4] = size
+        else:  # the head of a PNG, with its checksum
+            content[16:24] = struct.pack(">II", 32000, 16000)
+            content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        path.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(InputError) as caught:
+            read_picture(path)
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+        tracemalloc.stop()
+        assert str(caught.value).startswith(
+            f"{path}: this picture cannot be read (Image size (512000000 pixels) exceeds"
+        )
+        assert "\n" not in str(caught.value)
+        for answer in (read_heads([str(path)])[0], unreadable([str(path)])[0]):
+            assert str(answer) == str(caught.value)
+
+
+def test_postscript_starts_no_other_program_whatever_it_is_called(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    PIL.Image.new("RGB", (8, 8)).save(path, "EPS")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a process"))
+    with pytest.raises(InputError, match="this file is not a picture"):
+        read_picture(path)
+
+
+def test_heads_agree_with_the_pixels(tmp_path, pixels):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "a.png", "a.webp", "a.tiff"):
+        PIL.Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack(">I", content[start : start + 4])[0]
+    # as ExifTool writes it
+    behind = content[:start] + content[end:-12] + content[start:end] + content[-12:]
+    (tmp_path / "behind.png").write_bytes(behind)
+    for path in sorted(tmp_path.iterdir()):
+        (head,) = read_heads([str(path)])
+        assert head == (20, 30, 6), path
+        assert read_picture(path).shape == (3, 30, 20), path
+
+
+# ---- which files are images
+
+
+def test_every_extension_that_pillow_reads(tmp_path):
+    PIL.Image.init()
+    of_pillow = {
+        extension for extension, kind in PIL.Image.registered_extensions().items() if kind in PIL.Image.OPEN
+    } | {".mpo"}
+    refused = {".eps", ".ps", ".bufr", ".grib", ".h5", ".hdf", ".emf", ".wmf", ".mpg", ".mpeg", ".flc", ".fli"}
+    assert of_pillow - refused <= EXTENSIONS
+    assert not refused & EXTENSIONS
+    assert not {kind for kind in FORMATS if kind not in PIL.Image.OPEN} - {"AVIF"}
+    for extension in EXTENSIONS:
+        (tmp_path / f"a{extension}").touch()
+        (tmp_path / f"b{extension.upper()}").touch()
+    assert len(find_pictures(tmp_path)) == 2 * len(EXTENSIONS)
+
+
+HIDDEN = (
+    *(
+        ".hidden/a.png",
+        "sub/.ipynb_checkpoints/a-checkpoint.png",
+        ".thumbnails/a.png",
+        "__MACOSX/sub/a.png",
+        "@eaDir/a.png",
+    ),
+    *("sub/._a.png", ".DS_Store", "Thumbs.db", "sub/.hidden/deeper/a.png", "$RECYCLE.BIN/a.png", "lost+found/a.png"),
+)
+
+
 def test_find_pictures(tmp_path):
-    names = ["b.JPG", "a.png", "sub/deeper/c.Webp", "sub/d.jpeg", "._a.png", "notes.txt", "e.jpg.part"]
+    names = ["b.JPG", "a.png", "sub/deeper/c.Webp", "sub/d.jpeg", "notes.txt", "e.jpg.part", "LICENSE", *HIDDEN]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path)] == [
+    passed_over = PassedOver()
+    assert [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path, passed_over)] == [
         "a.png",
         "b.JPG",
         "sub/d.jpeg",
         "sub/deeper/c.Webp",
     ]
+    assert str(passed_over) == (
+        "3 files that are no images (.part, .txt, without extension) and 11 hidden names ($RECYCLE.BIN, .DS_Store, "
+        "._*, ... (10 in all))"
+    )
+    # the folder itself may be hidden
+    assert len(find_pictures(tmp_path / ".hidden")) == 1
+    assert str(PassedOver()) == ""
 
 
 def test_no_folder_is_searched_twice(tmp_path):
@@ -251,3 +335,14 @@ def test_nothing_readable_at_all(six):
         pytest.raises(InputError, match="neither this picture nor any other"),
     ):
         dataset[1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prediction_skips_with_an_empty_path_that_says_why(six, workers):
+    damage(six[2], "text")
+    dataset = PictureDataset([str(path) for path in six], None, identity, skip_bad=True)
+    samples = [(image.shape, path) for image, path in Loader(dataset, batch_size=None, num_workers=workers)]
+    assert [path for _, path in samples] == ["" if number == 2 else str(path) for number, path in enumerate(six)]
+    bad = samples[2][1]
+    assert isinstance(bad, Unreadable)
+    assert (bad.path, bad.reason) == (str(six[2]), "this file is not a picture; replace or remove it")

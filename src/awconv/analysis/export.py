@@ -41,9 +41,10 @@ _ANY_SIZE, _BATCH = {0: "batch", 2: "height", 3: "width"}, {0: "batch"}
 
 # How each step of preprocessing.json is done; the file holds what its own steps need.
 _HOW = {
-    "decode": "8 bits a sample; of 16 bits the upper 8. Pixels are as they are stored in the file, except that for "
-    "prediction a picture is first turned as its EXIF orientation says. Transparency is dropped.",
-    "convert": "To RGB: grey is repeated three times. To grey: 0.2989 R + 0.587 G + 0.114 B without its fraction.",
+    "decode": "8 bits a sample; of 16 bits the upper 8. The image is turned as its EXIF orientation says. "
+    "Transparency is dropped.",
+    "convert": "To RGB: grey is repeated three times. To grey: (19595 R + 38470 G + 7471 B) / 65536, rounded to a "
+    "whole number, as Pillow does.",
     "invert": "255 minus each sample.",
     "resize": "To height and width; or the shorter side to shorter_side and the longer one to "
     "int(longer * shorter_side / shorter), nothing where the shorter side has that length already. With antialias, "

@@ -19,7 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
-from PIL import Image, ImageOps
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from awconv.data.pictures import read_picture
+from awconv.errors import InputError
 
 DPI = 120
 MARGIN = 0.2  # inches, as are all lengths on a sheet; font sizes and line widths are points
@@ -129,25 +133,14 @@ def put_bar(sheet: Axes, x: float, y: float, width: float, height: float, share:
 
 
 def upright_picture(path: Path, side: int | None = None) -> Image.Image | None:
-    """The picture in RGB, upright, at most ``side`` pixels long; None if it cannot be read."""
+    """The image as the network gets it, at most ``side`` pixels long; None if it cannot be read."""
     try:
-        with Image.open(path) as file:
-            if side:
-                # Lets the JPEG decoder skip most of a large photograph.
-                file.draft("RGB", (side, side))
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):
-                values = np.asarray(picture, dtype=np.float64)
-                span = max(float(np.ptp(values)), 1e-12)
-                picture = Image.fromarray(((values - values.min()) / span * 255).astype(np.uint8))
-            if picture.has_transparency_data:  # dropped, as networks get it; Pillow warns of palettes otherwise
-                picture = picture.convert("RGBA")
-            picture = picture.convert("RGB")
-            if side:
-                picture.thumbnail((side, side))
-            return picture
-    except Exception:  # Pillow's decoders raise nearly anything, and a broken picture must not cost the others
+        picture: Image.Image = to_pil_image(read_picture(path))
+    except InputError:
         return None
+    if side:
+        picture.thumbnail((side, side))
+    return picture
 
 
 def counted(number: int, what: str) -> str:

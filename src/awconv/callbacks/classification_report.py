@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from awconv.callbacks.canvas import save_png
 from awconv.callbacks.classification_figures import draw_confusion_matrix, draw_contact_sheet
-from awconv.callbacks.run_files import Files, RunFiles, class_names_of, gather, write_csv
+from awconv.callbacks.run_files import Files, PredictionFiles, class_names_of, write_csv
 from awconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ TOP = 5  # classes told for every prediction
 _Prediction = tuple[str, list[tuple[str, float]]]
 
 
-class ClassificationReport(RunFiles):
+class ClassificationReport(PredictionFiles):
     """Writes what a test and a prediction found into the run's folder, and prints the paths at the end.
 
     The folder is ``trainer.log_dir``, or ``trainer.default_root_dir`` where there is none.
@@ -34,7 +34,8 @@ class ClassificationReport(RunFiles):
     - After ``predict``: ``predictions.csv`` and ``predictions.png`` (a contact sheet), from the dictionaries
       ``{"path": list of N str, "probabilities": (N, K) float tensor}`` that ``predict_step`` returns.
       Samples whose path is empty are padding and are dropped; the rest is sorted by path, so that the files
-      do not depend on the number of processes.
+      do not depend on the number of processes. What ``predict`` skipped is in ``skipped.csv``; see
+      :class:`PredictionFiles`, also for what an interrupted prediction leaves.
 
     A module without these is left alone, so the callback may stand in a trainer shared with other tasks.
 
@@ -54,7 +55,6 @@ class ClassificationReport(RunFiles):
         super().__init__()
         self.max_pictures = max_pictures
         self._confusion: npt.NDArray[np.int64] | None = None
-        self._predictions: list[_Prediction] = []
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the confusion matrix, on every rank since that is a collective, before anyone resets it."""
@@ -81,60 +81,47 @@ class ClassificationReport(RunFiles):
             },
         )
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets what an earlier, perhaps interrupted, prediction left."""
-        self._predictions = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keeps the paths and the most probable classes of one batch.
+    def read(self, pl_module: pl.LightningModule, outputs: Any, batch: Any) -> list[_Prediction] | None:
+        """Gives the paths and the most probable classes of one batch.
 
         Raises:
             InputError: if ``pl_module.class_names`` has not one name for each of the K probabilities.
         """
         if not isinstance(outputs, Mapping) or not {"path", "probabilities"} <= outputs.keys():
-            return
+            return None
         probabilities = outputs["probabilities"].detach().float().cpu()
         names = class_names_of(pl_module, probabilities.shape[1])
         # A stable sort, unlike topk, gives ties to the lower class on every device.
         values, classes = (
             ordered[:, :TOP].tolist() for ordered in probabilities.sort(dim=1, descending=True, stable=True)
         )
-        self._predictions += [
+        return [
             (path, [(names[k], value) for k, value in zip(*top, strict=True)])
             for path, *top in zip(outputs["path"], classes, values, strict=True)
-            if path
         ]
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gathers all processes' predictions on rank 0, once, and writes them."""
-        predictions: list[_Prediction] = gather(trainer, self._predictions)
-        self._predictions = []
-        predictions.sort(key=lambda prediction: prediction[0])
-        files: Files = {
-            "predictions.csv": ("predictions", lambda path: _write_predictions(path, predictions)),
+    def line(self, pl_module: pl.LightningModule, prediction: _Prediction) -> dict[str, Any]:
+        """Gives a prediction as JSON: the path, and the classes with their probabilities."""
+        path, top = prediction
+        return {"path": path, "classes": [{"class": name, "probability": value} for name, value in top]}
+
+    def files(self, pl_module: pl.LightningModule, predicted: list[_Prediction]) -> Files:
+        """Gives the table and the contact sheet."""
+        return {
+            "predictions.csv": ("predictions", lambda path: _write_predictions(path, predicted)),
             "predictions.png": (
                 "contact sheet",
                 lambda path: save_png(
                     path,
                     draw_contact_sheet(
-                        [file for file, _ in predictions],
-                        [top[0][0] for _, top in predictions],
-                        [top[0][1] for _, top in predictions],
+                        [file for file, _ in predicted],
+                        [top[0][0] for _, top in predicted],
+                        [top[0][1] for _, top in predicted],
                         max_pictures=self.max_pictures,
                     ),
                 ),
             ),
         }
-        # Every rank calls it, though only rank 0 has predictions now: to find the folder is a collective.
-        self.write(trainer, files if predictions else {})
 
 
 def _write_accuracies(path: Path, confusion: npt.NDArray[np.int64], names: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from awconv.callbacks.detection_figures import (
     draw_detections,
     draw_precision_recall,
 )
-from awconv.callbacks.run_files import Files, RunFiles, class_names_of, gather, of_all, write_csv
+from awconv.callbacks.run_files import Files, PredictionFiles, class_names_of, gather, of_all, write_csv
 from awconv.data.coco import COCODataset
 from awconv.errors import InputError, require_int, require_number
 
@@ -71,7 +71,7 @@ class _Predicted(NamedTuple):
     detections: dict[str, Tensor]
 
 
-class DetectionReport(RunFiles):
+class DetectionReport(PredictionFiles):
     """Writes what a detector's test and prediction found into the run's folder, and prints the AP table and the paths.
 
     The folder is ``trainer.log_dir``, or ``trainer.default_root_dir`` where there is none.
@@ -87,7 +87,8 @@ class DetectionReport(RunFiles):
       returns for its batch ``(images, paths)``: ``predictions.json`` (COCO's results format, with the file name
       added), ``pictures.json`` (the images and categories that those results refer to), ``predictions.png`` (a
       contact sheet) and the folder ``predictions/`` with every picture and its boxes. Samples whose path is empty
-      are padding and are dropped; the rest is sorted by path.
+      are padding and are dropped; the rest is sorted by path. What was skipped is in ``skipped.csv``; see
+      :class:`PredictionFiles`, also for what an interrupted prediction leaves.
 
     None of these depends on the batch size or the number of processes. A module without ``test_map``, or without
     detections to predict, is left alone, so the callback may stand in a trainer shared with other tasks.
@@ -109,7 +110,6 @@ class DetectionReport(RunFiles):
         self.min_score = min_score
         self.max_pictures = max_pictures
         self._seen: dict[int, _Seen] = {}
-        self._predicted: list[_Predicted] = []
 
     # ---- test ------------------------------------------------------------------------------------------------------
 
@@ -205,48 +205,34 @@ class DetectionReport(RunFiles):
 
     # ---- predict ---------------------------------------------------------------------------------------------------
 
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets what an earlier, perhaps interrupted, prediction left."""
-        self._predicted = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keeps the detections of one batch."""
+    def read(self, pl_module: pl.LightningModule, outputs: Any, batch: Any) -> list[_Predicted] | None:
+        """Gives the detections of one batch."""
         if not isinstance(outputs, Mapping) or not {"path", "detections"} <= outputs.keys():
-            return
-        self._predicted += [
+            return None
+        return [
             _Predicted(path, (image.shape[-1], image.shape[-2]), on_cpu(detections))
             for path, detections, image in zip(outputs["path"], outputs["detections"], batch[0], strict=True)
-            if path
         ]
 
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gathers all processes' detections on rank 0, once, and writes them."""
-        predicted: list[_Predicted] = gather(trainer, self._predicted)
-        self._predicted = []
-        files: Files = {}
-        if predicted:
-            predicted.sort(key=lambda entry: entry.path)
-            names, ids = classes_of(pl_module)
-            # The JSON files first: to draw a folder of pictures takes a while, in which a run may be interrupted.
-            files = {
-                "predictions.json": ("COCO results", lambda path: _write_json(path, _coco_results(predicted, ids))),
-                "pictures.json": (
-                    "what they refer to",
-                    lambda path: _write_json(path, _coco_pictures(predicted, names, ids)),
-                ),
-                "predictions.png": ("contact sheet", lambda path: self._write_sheet(path, predicted, names)),
-                "predictions": ("pictures", lambda path: self._write_pictures(path, predicted, names)),
-            }
-        # Every rank calls it, though only rank 0 has predictions now: to find the folder is a collective.
-        self.write(trainer, files)
+    def line(self, pl_module: pl.LightningModule, prediction: _Predicted) -> dict[str, Any]:
+        """Gives the detections in an image as JSON: COCO's results, with the file's name."""
+        _, ids = classes_of(pl_module)
+        results = _coco_results([prediction], ids)
+        kept = ("category_id", "bbox", "score")
+        return {"file_name": prediction.path, "detections": [{key: found[key] for key in kept} for found in results]}
+
+    def files(self, pl_module: pl.LightningModule, predicted: list[_Predicted]) -> Files:
+        """Gives the JSON files first: to draw a folder of images takes a while, in which a run may be interrupted."""
+        names, ids = classes_of(pl_module)
+        return {
+            "predictions.json": ("COCO results", lambda path: _write_json(path, _coco_results(predicted, ids))),
+            "pictures.json": (
+                "what they refer to",
+                lambda path: _write_json(path, _coco_pictures(predicted, names, ids)),
+            ),
+            "predictions.png": ("contact sheet", lambda path: self._write_sheet(path, predicted, names)),
+            "predictions": ("pictures", lambda path: self._write_pictures(path, predicted, names)),
+        }
 
     def _write_sheet(self, path: Path, predicted: Sequence[_Predicted], names: Sequence[str]) -> None:
         shown = [predicted[k] for k in evenly_spaced(len(predicted), self.max_pictures)]

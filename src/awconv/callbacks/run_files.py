@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,12 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from awconv.data.pictures import Unreadable
 from awconv.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,6 +78,130 @@ class RunFiles(Callback):
         for line in self._announcements:
             print(line)
         self._announcements = []
+
+
+class PredictionFiles(RunFiles):
+    """What the reports of predictions share: they keep what comes, leave out what could not be read, and tell of it.
+
+    While a prediction runs, each process adds a line of JSON for every image to a file of its own in the run's folder,
+    ``predictions.partial.jsonl`` (``predictions.partial.1.jsonl`` is the second process's). They go when all has been
+    written in its final form, and so hold what a prediction found that did not come to its end.
+
+    A report says what it needs with :meth:`read`, :meth:`line` and :meth:`files`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._predicted: list[Any] = []
+        self._skipped: list[tuple[str, str]] = []
+        self._partial: _Partial | None = None
+
+    def read(self, pl_module: pl.LightningModule, outputs: Any, batch: Any) -> list[Any] | None:
+        """Gives one prediction for each image of a batch, each a tuple with its path first; None of another task's."""
+        raise NotImplementedError
+
+    def line(self, pl_module: pl.LightningModule, prediction: Any) -> dict[str, Any]:
+        """Gives a prediction as JSON."""
+        raise NotImplementedError
+
+    def files(self, pl_module: pl.LightningModule, predicted: list[Any]) -> Files:
+        """Gives the files to write of all predictions, sorted by path; there is at least one."""
+        raise NotImplementedError
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forgets what an earlier, perhaps interrupted, prediction left."""
+        self._predicted, self._skipped = [], []
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
+        self._partial = None if getattr(trainer, "fast_dev_run", False) else _Partial(folder, trainer.global_rank)
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps the predictions of one batch."""
+        predictions = self.read(pl_module, outputs, batch) or []
+        self._skipped += [(p[0].path, p[0].reason) for p in predictions if isinstance(p[0], Unreadable)]
+        kept = [prediction for prediction in predictions if prediction[0]]
+        self._predicted += kept
+        if self._partial is not None and kept:
+            self._partial.add([self.line(pl_module, prediction) for prediction in kept])
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Closes the file of what came so far."""
+        if self._partial is not None:
+            self._partial.close()
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Gathers all processes' predictions on the first one, once, and writes them.
+
+        Raises:
+            InputError: if no image could be read.
+        """
+        any_skipped, any_predicted = (any(of_all(trainer, bool(kept))) for kept in (self._skipped, self._predicted))
+        predicted = sorted(gather(trainer, self._predicted), key=lambda prediction: prediction[0])
+        skipped = sorted(gather(trainer, self._skipped))
+        self._predicted, self._skipped = [], []
+        files = self.files(pl_module, predicted) if predicted else {}
+        remarks = []
+        if skipped:
+            files["skipped.csv"] = ("skipped", lambda path: write_csv(path, ["path", "reason"], skipped))
+            total = len(predicted) + len(skipped)
+            remarks = [f"{len(skipped)} of {total} images skipped, such as {skipped[0][0]}: {skipped[0][1]}"]
+        # Every process calls it, though only the first has predictions now: to find the folder is a collective.
+        self.write(trainer, files, remarks)
+        trainer.strategy.barrier()
+        if self._partial is not None:
+            self._partial.remove()
+        if any_skipped and not any_predicted:
+            first = f", such as {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+            raise InputError(f"predict_dir: none of its images can be read{first}")
+
+
+class _Partial:
+    """A file of lines of JSON, which is made when the first one comes.
+
+    Args:
+        folder: The run's folder.
+        rank: Number of the process.
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._file: IO[str] | None = None
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Adds lines, and hands them to the operating system, which keeps them whatever happens to the process."""
+        if self._file is None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = self._new()
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+
+    def _new(self) -> IO[str]:
+        of_rank = f".{self._rank}" if self._rank else ""
+        for number in count(1):
+            suffix = f"_{number}" if number > 1 else ""
+            try:  # a prediction that was interrupted may have left one
+                return (self._folder / f"predictions.partial{of_rank}{suffix}.jsonl").open("x", encoding="ascii")
+            except FileExistsError:
+                continue
+        raise AssertionError
+
+    def close(self) -> None:
+        """Leaves the file as it is."""
+        if self._file is not None:
+            self._file.close()
+
+    def remove(self) -> None:
+        """Removes the file."""
+        if self._file is not None:
+            self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -4,12 +4,12 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from awconv.data.encoded import DecodingLoader, EncodedPictures
 from awconv.data.loading import (
@@ -21,12 +21,13 @@ from awconv.data.loading import (
     TrainingSampler,
     TrainingSet,
 )
-from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
+from awconv.data.pictures import EXTENSIONS_SHOWN, PassedOver, PictureDataset, find_pictures, unreadable
 from awconv.data.resident import ResidentBatches, ResidentSplit, as_it_is
 from awconv.errors import InputError, require, require_int
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Transform: TypeAlias = Callable[..., Any]
+OnBadImage: TypeAlias = Literal["stop", "skip"]
 
 _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
     "fit": ("train", "val"),
@@ -52,8 +53,13 @@ class BaseDataModule(LightningDataModule):
     Args:
         batch_size: Samples per batch and process.
         num_workers: Worker processes that load data, per process; 0 loads in the process itself.
-        predict_dir: Folder of pictures for ``predict``, searched with all its subfolders; each is turned as its
-            EXIF orientation says.
+        predict_dir: Folder of images for ``predict``, searched with all its subfolders but the hidden ones.
+        on_bad_image: What to do at a file that cannot be read: "stop" with an error that names it, or "skip" it.
+            ``predict`` skips it by going on without it, and lists it in ``skipped.csv``; training by taking the next
+            one instead, with a warning. Null skips in ``predict`` alone. Validation and test stop at a file that turns
+            out to be damaged, since their measures are of a set of images that is known.
+        check_images: Decode every image file of the splits that a command uses before it begins, and stop if any cannot
+            be read. It takes as long as an epoch of reading them. (``predict`` checks only with `on_bad_image` "stop".)
         seed: Seed of what the data module itself makes or cuts out; nothing else depends on it.
 
     Raises:
@@ -68,11 +74,15 @@ class BaseDataModule(LightningDataModule):
         batch_size: int,
         num_workers: int,
         predict_dir: str | None = None,
+        on_bad_image: OnBadImage | None = None,
+        check_images: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         require_int("batch_size", batch_size, "a whole number, at least 1", low=1)
         require_int("num_workers", num_workers, "a whole number, 0 or more", low=0)
+        require(on_bad_image in (None, *get_args(OnBadImage)), "on_bad_image", on_bad_image, "stop, skip or null")
+        require(isinstance(check_images, bool), "check_images", check_images, "true or false")
         require_int("seed", seed, "a whole number from 0 to 4294967295", low=0, high=2**32 - 1)
         # The logger gets none of them: Lightning refuses to log a name that the model has too with another
         # value, and `class_names` or `image_size` of a model may well differ.
@@ -80,6 +90,8 @@ class BaseDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.predict_dir = predict_dir
+        self.on_bad_image = on_bad_image
+        self.check_images = check_images
         self.seed = seed
         self._datasets: dict[str, MapDataset] = {}
         self._sampler: TrainingSampler | None = None
@@ -119,8 +131,13 @@ class BaseDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Build the data sets of a stage, so that what is wrong with the data is said before anything runs."""
-        for split in _SPLITS_OF_STAGE[stage]:
+        splits = _SPLITS_OF_STAGE[stage]
+        for split in splits:
             self._dataset(split)
+        # prediction leaves out what cannot be read, and says so
+        checked = [split for split in splits if split != "predict" or self.on_bad_image == "stop"]
+        if self.check_images:
+            self._check_images({path: split for split in reversed(checked) for path in self._paths(split)})
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented batches."""
@@ -263,16 +280,50 @@ class BaseDataModule(LightningDataModule):
             self._datasets[split] = dataset
         return self._datasets[split]
 
+    def _paths(self, split: str) -> list[str]:
+        """The image files of a split; none where a data set of the user's own does not name them."""
+        dataset = self._dataset(split)
+        path = getattr(dataset, "path", None)
+        return [path(index) for index in range(len(dataset))] if callable(path) else []
+
+    def _check_images(self, splits: dict[str, str]) -> None:
+        """Decode all image files, each of several processes its share, and refuse them if any cannot be read.
+
+        Args:
+            splits: The split of each path.
+        """
+        rank, processes = self._place()
+        mine = [str(error) for error in unreadable(list(splits)[rank::processes])]
+        shares: list[Any] = [mine] * processes
+        if processes > 1:
+            torch.distributed.all_gather_object(shares, mine)
+        errors = sorted(error for share in shares for error in share)
+        if errors:
+            first = "; ".join(error.removesuffix("; replace or remove it") for error in errors[:3])
+            raise InputError(
+                f"check_images=True: {len(errors)} of the {len(splits)} images of {' and '.join(set(splits.values()))} "
+                f"cannot be read{', such as' if len(errors) > 3 else ':'} {first}; replace or remove them"
+            )
+
     def _pictures_to_predict(self) -> MapDataset:
         folder = self.predict_dir
         remedy = "name a folder of pictures with --data.predict_dir FOLDER"
         require(folder is not None, "predict_dir", folder, f"a folder of pictures to predict; {remedy}")
         assert folder is not None
         require(os.path.isdir(folder), "predict_dir", folder, f"a folder, and that is none; {remedy}")
-        paths = find_pictures(folder)
-        found = f"pictures ({', '.join(EXTENSIONS)}), and there are none in it or below; {remedy}"
+        passed_over = PassedOver()
+        paths = find_pictures(folder, passed_over)
+        there = f" (but {passed_over})" if str(passed_over) else ""
+        found = f"images ({EXTENSIONS_SHOWN}), and there are none in it or below{there}; {remedy}"
         require(bool(paths), "predict_dir", folder, found)
-        return PictureDataset(paths, None, self.predict_transform())
+        tell(folder, passed_over)
+        return PictureDataset(paths, None, self.predict_transform(), skip_bad=self.on_bad_image != "stop")
+
+
+def tell(folder: str | os.PathLike[str], passed_over: PassedOver) -> None:
+    """Says in one line, from the first process, what a search of a folder for images passed over."""
+    if str(passed_over):
+        rank_zero_info(f"{os.fspath(folder)}: passed over {passed_over}")
 
 
 class _Resumed(NamedTuple):

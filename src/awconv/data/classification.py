@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from awconv.data.base import BaseDataModule, Split, Transform
+from awconv.data.base import BaseDataModule, OnBadImage, Split, Transform
 from awconv.data.loading import MapDataset, collate, seeded
 from awconv.data.transforms import Normalise, RandomMirror, Resize, ShiftedCrop, ToImage
 from awconv.errors import is_number, require, require_int, require_number
@@ -21,7 +21,7 @@ class ClassificationDataModule(BaseDataModule):
 
     A data set of your own needs the names of its classes and a method that returns its three splits, each a
     map-style data set of (picture, class index) that applies `transform` to the picture; torchvision's data
-    sets do. A picture is a PIL image or a tensor (C, H, W)::
+    sets do. A picture is a PIL image, which is turned as its EXIF orientation says, or a tensor (C, H, W)::
 
         class FlowersDataModule(ClassificationDataModule):
             class_names = Path("flowers.txt").read_text(encoding="utf-8").splitlines()
@@ -63,8 +63,9 @@ class ClassificationDataModule(BaseDataModule):
         mean: Mean of each channel, for samples scaled to [0, 1], which normalisation subtracts; None means the
             data set's own. Give a pretrained network those it was trained with.
         std: Standard deviation of each channel, by which normalisation divides; None means the data set's own.
-        predict_dir: Folder of pictures for ``predict``, searched with all its subfolders; each is turned as its
-            EXIF orientation says.
+        predict_dir: Folder of images for ``predict``, searched with all its subfolders but the hidden ones.
+        on_bad_image: "stop" at an image file that cannot be read or "skip" it; see :class:`BaseDataModule`.
+        check_images: Decode every image file before a command begins; see :class:`BaseDataModule`.
         seed: Seed of the split where a validation or test set has to be cut out; nothing else depends on it.
 
     Raises:
@@ -89,9 +90,18 @@ class ClassificationDataModule(BaseDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         predict_dir: str | None = None,
+        on_bad_image: OnBadImage | None = None,
+        check_images: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, predict_dir=predict_dir, seed=seed)
+        super().__init__(
+            batch_size=batch_size,
+            num_workers=num_workers,
+            predict_dir=predict_dir,
+            on_bad_image=on_bad_image,
+            check_images=check_images,
+            seed=seed,
+        )
         require_int("image_size", image_size, "a whole number of pixels, at least 1", low=1)
         require(augment in get_args(Augment), "augment", augment, f"one of {', '.join(get_args(Augment))}")
         require_number("random_erasing", random_erasing, "a probability between 0 and 1", low=0, high=1)

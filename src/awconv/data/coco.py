@@ -471,7 +471,7 @@ class COCODataset(Dataset[tuple[Tensor, Target]]):
             InputError: The picture cannot be read, or has another size than its head said.
         """
         annotations = self.annotations
-        image = read_picture(self.path(index), upright=True)
+        image = read_picture(self.path(index))
         height, width = annotations.sizes[index].tolist()
         if image.shape[1:] != (height, width):
             raise InputError(

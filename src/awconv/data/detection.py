@@ -260,7 +260,7 @@ class COCODataModule(BaseDataModule):
 
     def _skips_bad(self, split: Split) -> bool:
         # an average precision over fewer images could not be compared with any other
-        return split == "train" and getattr(self, "on_bad_image", None) == "skip"
+        return split == "train" and self.on_bad_image == "skip"
 
     # ---- transforms and batches
 

@@ -1,17 +1,31 @@
 """ImageNet, and anyone's own pictures sorted into class folders."""
 
 import os
+import unicodedata
 from collections import Counter
+from collections.abc import Container, Mapping
+from copy import deepcopy
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torchvision.transforms import v2
 
-from awconv.data.base import Split, Transform
+from awconv.data.base import Split, Transform, tell
 from awconv.data.classification import ClassificationDataModule
 from awconv.data.encoded import EncodedPictures, require_decoder
 from awconv.data.loading import MapDataset
-from awconv.data.pictures import EXTENSIONS, PictureDataset, find_pictures
+from awconv.data.pictures import (
+    EXTENSIONS_SHOWN,
+    PassedOver,
+    PictureDataset,
+    find_pictures,
+    has_image_extension,
+    is_hidden,
+    shown,
+)
 from awconv.data.transforms import RandomMirror, Resize
 from awconv.errors import InputError, require, require_int
 
@@ -26,8 +40,11 @@ class ImageNetDataModule(ClassificationDataModule):
     Classes are numbered in the order of their folders' names, and named after their folders; folders that
     are all WordNet ids of ImageNet-1k get the ids' English names. With `class_names` given, all of them the
     folders' names or all of them the English ones, the numbers follow that list instead, ``train/`` is needed
-    for training only, and ``predict`` needs no `root` at all. EXIF orientation is ignored in class folders, as
-    is the convention for ImageNet, and followed in `predict_dir`.
+    for training only, and ``predict`` needs no `root` at all. Unicode spellings of one name (NFC, NFD) are one class.
+    A class of ``train/`` may be without validation images; that is said in one line.
+
+    Images are read upright, as their EXIF orientation says, by every command; ImageNet's few turned images too, which
+    other projects may take as they are stored.
 
     Args:
         root: Folder that holds ``train`` and ``val``.
@@ -36,8 +53,6 @@ class ImageNetDataModule(ClassificationDataModule):
         eval_resize_size: Length of the shorter side before the evaluation crop; None means 256/224 of the
             crop, rounded.
         class_names: Names of the classes in the order of their indices; None reads them from ``root/train``.
-        on_bad_image: What training does at a file that cannot be decoded: "stop" with an error that names it,
-            or "skip" it for the next one, with a warning. Evaluation and prediction always stop.
         decode_on_device: Let workers only read the files of training pictures, and decode and augment them on the
             training device: on an NVIDIA GPU with nvJPEG, a batch in one call. The augmentation, its random numbers
             and the hooks are the same, on pictures that are on the device; for classes that leave `load` and
@@ -62,7 +77,6 @@ class ImageNetDataModule(ClassificationDataModule):
         eval_image_size: int | None = None,
         eval_resize_size: int | None = None,
         class_names: list[str] | None = None,
-        on_bad_image: Literal["stop", "skip"] = "stop",
         decode_on_device: bool = False,
         batch_size: int = 256,
         num_workers: int = 8,
@@ -74,49 +88,65 @@ class ImageNetDataModule(ClassificationDataModule):
         shorter_side = round(crop * 256 / 224) if eval_resize_size is None else eval_resize_size
         enough = f"a whole number, at least the {crop} pixels of the crop that is cut from it"
         require_int("eval_resize_size", shorter_side, enough, low=crop)
-        require(on_bad_image in ("stop", "skip"), "on_bad_image", on_bad_image, "stop or skip")
         if decode_on_device:
             self._refuse_changes("decode_on_device", ImageNetDataModule, ("load", "collate"))
         if class_names is not None:
             repeated = [name for name, count in Counter(class_names).items() if count > 1]
             require(not repeated, "class_names", repeated, "each name once")
-            require(bool(class_names), "class_names", class_names, "at least one name")
+            require(len(class_names) > 1, "class_names", class_names, "at least two names")
         self.root = root
         self._crop = crop
         self._shorter_side = shorter_side
-        self._on_bad_image = on_bad_image
         self.decode_on_device = decode_on_device
         self._names = class_names
-        self._folders: dict[str, list[str]] = {}
+        self._folders: dict[str, tuple[dict[str, list[str]], PassedOver]] = {}
+        self._told: set[str] = set()
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes: `class_names`, or else the folders of ``root/train``, which are checked."""
         if self._names is None:
             folders = self._class_folders("train")
+            if len(folders) == 1:
+                raise InputError(
+                    f"root={self.root!r}: expected at least two class folders in {self._below('train')}, found only "
+                    f"{next(iter(folders))}; add a folder with images of another class"
+                )
             if (Path(self.root) / "val").is_dir():
-                self._compare(folders, self._class_folders("val"))
-            self._names = _readable(folders)
+                self._refuse_unknown(folders)
+            self._names = _readable(list(folders))
         return self._names
 
     def load(self, split: Split, transform: Transform) -> MapDataset:
         """Return a split; see :class:`ClassificationDataModule`."""
         folder = "train" if split == "train" else "val"
         # the folders are looked at before the class names, for the plainer message where both are wrong
-        self._class_folders(folder)
+        folders = self._class_folders(folder)
+        passed_over = deepcopy(self._folders[folder][1])
+        names = self.class_names
         paths: list[str] = []
         targets: list[int] = []
-        for name, index in self._index_of_folder(folder, self.class_names).items():
-            found = find_pictures(Path(self.root) / folder / name)
-            if not found:
+        for name, index in self._index_of_class(folder, folders, names).items():
+            found = [path for own in folders[name] for path in find_pictures(self._below(folder, own), passed_over)]
+            if not found and folder == "train":
                 raise InputError(
-                    f"root={self.root!r}: the class folder {folder}/{name} holds no pictures "
-                    f"({', '.join(EXTENSIONS)}); add some, or remove the folder from train/ and val/"
+                    f"root={self.root!r}: the class folder {folder}/{name} holds no images ({EXTENSIONS_SHOWN}); add "
+                    "some, or remove the folder from train/ and val/"
                 )
             paths += found
             targets += [index] * len(found)
-        skip = split == "train" and self._on_bad_image == "skip"
-        return PictureDataset(paths, targets, transform, skip_bad=skip)
+        without = [names[index] for index in sorted(set(range(len(names))) - set(targets))]
+        if len(without) == len(names):
+            raise InputError(f"root={self.root!r}: the class folders in {folder}/ hold no images ({EXTENSIONS_SHOWN})")
+        if folder not in self._told:
+            self._told.add(folder)
+            tell(self._below(folder), passed_over)
+            if without:
+                rank_zero_info(
+                    f"{self._below(folder)}: no images of {len(without)} of the {len(names)} classes: "
+                    f"{', '.join(shown(without))}"
+                )
+        return PictureDataset(paths, targets, transform, skip_bad=split == "train" and self.on_bad_image == "skip")
 
     def _samples(self, dataset: MapDataset, seed: int | None) -> Any:
         """Training samples as the bytes of files where `decode_on_device` says so."""
@@ -138,13 +168,17 @@ class ImageNetDataModule(ClassificationDataModule):
         """The evaluation crop, at the training size."""
         return [Resize(round(self.image_size * 256 / 224)), v2.CenterCrop(self.image_size)]
 
-    def _class_folders(self, split: str) -> list[str]:
+    def _below(self, *parts: str) -> Path:
+        return Path(self.root, *parts)
+
+    def _class_folders(self, split: str) -> dict[str, list[str]]:
+        """The classes of a split in order, each with its folder, or folders whose names are spelled differently."""
         if split not in self._folders:
             self._folders[split] = self._scan(split)
-        return self._folders[split]
+        return self._folders[split][0]
 
-    def _scan(self, split: str) -> list[str]:
-        root, folder = Path(self.root), Path(self.root) / split
+    def _scan(self, split: str) -> tuple[dict[str, list[str]], PassedOver]:
+        root, folder = self._below(), self._below(split)
         layout = f"{split}/CLASS/*.JPEG in it"
         if not root.is_dir():
             raise InputError(
@@ -152,16 +186,24 @@ class ImageNetDataModule(ClassificationDataModule):
                 "and there is no such folder; name yours with --data.root FOLDER"
             )
         if not folder.is_dir():
-            found = ", ".join(_some(sorted(os.listdir(root)))) or "nothing"
+            found = ", ".join(shown(sorted(os.listdir(root)))) or "nothing"
             hint = " (or give class_names, if all you want is to evaluate)" if split == "train" else ""
             raise InputError(f"root={self.root!r}: expected {layout}, found {found}; add {folder}{hint}")
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
-        loose = sorted(entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS))
+        classes: list[str] = []
+        loose: list[str] = []
+        passed_over = PassedOver()
+        for entry in os.scandir(folder):
+            if entry.is_dir() and not is_hidden(entry.name):
+                classes.append(entry.name)
+            elif has_image_extension(entry.name) and not is_hidden(entry.name):
+                loose.append(entry.name)
+            else:
+                passed_over.count(entry.name)
         if loose:
+            loose.sort()
             what = f"{len(loose)} pictures outside of any class folder" if classes else "a flat folder of pictures"
             raise InputError(
-                f"root={self.root!r}: expected {layout}, found {what} ({', '.join(_some(loose))}); "
+                f"root={self.root!r}: expected {layout}, found {what} ({', '.join(shown(loose))}); "
                 f"move each into the folder of its class, as in {split}/n01440764/{loose[0]}"
             )
         if not classes:
@@ -169,45 +211,56 @@ class ImageNetDataModule(ClassificationDataModule):
                 f"root={self.root!r}: expected {layout}, found no class folders in {folder}; "
                 "make one folder per class and put its pictures there"
             )
-        return classes
+        spellings = sorted((_composed(name), name) for name in classes)
+        folders = {name: [own for _, own in group] for name, group in groupby(spellings, key=itemgetter(0))}
+        return folders, passed_over
 
-    def _compare(self, train: list[str], val: list[str]) -> None:
-        if train != val:
-            differences = [
-                f"only in {split}/: {', '.join(_some(sorted(set(ours) - set(others))))}"
-                for split, ours, others in (("train", train, val), ("val", val, train))
-                if set(ours) - set(others)
-            ]
+    def _refuse_unknown(self, train: Mapping[str, list[str]]) -> None:
+        others = {name: own for name, own in self._class_folders("val").items() if name not in train}
+        unknown = self._with_images("val", others)
+        if unknown:
+            missing = [name for name in train if name not in self._class_folders("val")]
+            absent = f"only in train/: {', '.join(shown(missing))}; " if missing else ""
             raise InputError(
-                f"root={self.root!r}: expected the same class folders in train/ and val/, "
-                f"found {'; '.join(differences)}; add what is missing or remove the rest"
+                f"root={self.root!r}: expected in val/ only class folders of train/, found {absent}"
+                f"only in val/: {', '.join(shown(unknown))}; add what is missing or remove the rest"
             )
 
-    def _index_of_folder(self, split: str, names: list[str]) -> dict[str, int]:
-        folders = self._class_folders(split)
-        by_folder = dict(zip(folders, folders, strict=True))
-        by_title = dict(zip(folders, _readable(folders), strict=True))
+    def _with_images(self, split: str, folders: Mapping[str, list[str]]) -> list[str]:
+        return [name for name, own in folders.items() if any(find_pictures(self._below(split, one)) for one in own)]
+
+    def _index_of_class(self, split: str, folders: Mapping[str, list[str]], names: list[str]) -> dict[str, int]:
+        index_of = {_composed(name): index for index, name in enumerate(names)}
+        by_folder = {folder: folder for folder in folders}
+        by_title = dict(zip(folders, _readable(list(folders), index_of), strict=True))
         # all by one or all by the other: a list that mixes them is more likely a mistake than a wish
-        name_of = max(by_folder, by_title, key=lambda naming: len(set(names).intersection(naming.values())))
-        absent = _some([name for name in names if name not in name_of.values()])
-        extra = _some([folder for folder, name in name_of.items() if name not in names])
-        if not absent and not extra:
-            return {folder: names.index(name) for folder, name in name_of.items()}
-        details = [f"no folder for {', '.join(absent)}"] if absent else []
-        details += [f"no name for {', '.join(extra)}"] if extra else []
+        name_of = max(by_folder, by_title, key=lambda naming: len(index_of.keys() & naming.values()))
+        absent = [name for name in index_of if name not in name_of.values()]
+        unnamed = [folder for folder, name in name_of.items() if name not in index_of]
+        extra = self._with_images(split, {folder: folders[folder] for folder in unnamed})
+        if not extra and (not absent or (split == "val" and len(absent) < len(names))):
+            return {folder: index_of[name] for folder, name in name_of.items() if name in index_of}
+        details = [f"no folder for {', '.join(shown(absent))}"] if absent else []
+        details += [f"no name for {', '.join(shown(extra))}"] if extra else []
         raise InputError(
             f"class_names ({len(names)} names): expected those of the {len(folders)} class folders in "
-            f"{Path(self.root) / split}, found {' and '.join(details)}; correct the list, or leave it out to "
+            f"{self._below(split)}, found {' and '.join(details)}; correct the list, or leave it out to "
             "take the names from train/"
         )
 
 
-def _some(names: list[str], most: int = 3) -> list[str]:
-    return names if len(names) <= most else [*names[:most], f"... ({len(names)} in all)"]
+def _composed(name: str) -> str:
+    """The name in the spelling that compares: macOS and some archives take letters and their accents apart."""
+    return unicodedata.normalize("NFC", name)
 
 
-def _readable(folders: list[str]) -> list[str]:
-    """English names of WordNet ids of ImageNet-1k, each unique; anything else is returned as it is."""
+def _readable(folders: list[str], known: Container[str] = ()) -> list[str]:
+    """English names of WordNet ids of ImageNet-1k, each unique; anything else is returned as it is.
+
+    Args:
+        folders: Names of folders.
+        known: Names of which an English one with its WordNet id is preferred.
+    """
     if not all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in folders):
         return folders
     # only here: importing timm takes seconds, and one's own folders do without it
@@ -219,5 +272,6 @@ def _readable(folders: list[str]) -> list[str]:
     names = [info.label_name_to_description(wordnet_id).partition(",")[0] for wordnet_id in folders]
     count = Counter(names)
     return [
-        name if count[name] == 1 else f"{name} ({wordnet_id})" for name, wordnet_id in zip(names, folders, strict=True)
+        full if (full := f"{name} ({wordnet_id})") in known or count[name] > 1 else name
+        for name, wordnet_id in zip(names, folders, strict=True)
     ]

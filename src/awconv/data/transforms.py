@@ -15,25 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from awconv.data.pictures import eight_bits
+from awconv.data.pictures import to_tensor
 from awconv.errors import InputError
 
 
 class ToImage:
-    """Turns a picture, PIL image or tensor (C, H, W) or (H, W), into a tensor of the wanted number of channels.
+    """Turns an image, PIL image or tensor (C, H, W) or (H, W), into a tensor of the wanted number of channels.
 
-    Between grey and RGB it converts; any other number of channels is for the data set to supply.
+    A PIL image is turned as its EXIF orientation says. Between grey and RGB it converts; any other number of channels
+    is for the data set to supply.
     """
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
 
     def __call__(self, picture: Any) -> Tensor:
-        """Gives the picture as a tensor (channels, H, W)."""
+        """Gives the image as a tensor (channels, H, W)."""
         to_grey = self.channels == 1
         convertible = self.channels in (1, 3)
         if isinstance(picture, PIL.Image.Image) and convertible:
-            picture = eight_bits(picture, "L" if to_grey else "RGB", getattr(picture, "filename", "") or "a picture")
+            picture = to_tensor(picture, getattr(picture, "filename", "") or "a picture")
         image: Tensor = picture if isinstance(picture, Tensor) else v2.functional.to_image(picture)
         if type(image) is not Tensor:  # whose operations all take a detour through Python
             image = image.as_subclass(Tensor)
@@ -44,8 +45,19 @@ class ToImage:
             return image
         # the second of two channels and the fourth of four are transparency
         image = image[..., : 1 if present == 2 else 3, :, :]
-        image = v2.functional.rgb_to_grayscale(image) if to_grey else v2.functional.grayscale_to_rgb(image)
+        return _to_grey(image) if to_grey else v2.functional.grayscale_to_rgb(image)
+
+
+def _to_grey(image: Tensor) -> Tensor:
+    """Grey of an image (..., 3, H, W), rounded as Pillow does: torchvision's makes 254 of white."""
+    if image.shape[-3] == 1:
         return image
+    if image.dtype != torch.uint8:
+        of_floats: Tensor = v2.functional.rgb_to_grayscale(image)
+        return of_floats
+    red, green, blue = image.to(torch.int32).unbind(-3)
+    grey = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
+    return grey.to(torch.uint8).unsqueeze(-3)
 
 
 class Resize(v2.Resize):  # type: ignore[misc]

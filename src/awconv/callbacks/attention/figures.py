@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from awconv.callbacks.attention.statistics import (
     DEAD_BELOW,
@@ -49,6 +49,7 @@ from awconv.callbacks.canvas import (
     upright_picture,
     wrap,
 )
+from awconv.data.pictures import to_tensor
 from awconv.errors import InputError, require_int
 
 Array = npt.NDArray[Any]
@@ -544,7 +545,7 @@ def read_pictures(
             continue
         picture: Image.Image | None
         if isinstance(image, Image.Image):
-            picture = image.convert("RGB")
+            picture = to_pil_image(to_tensor(image, f"{argument}[{number}]"))
         else:
             picture = upright_picture(Path(image))
             if captions is None:
