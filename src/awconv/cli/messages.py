@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 import lightning as L
@@ -58,7 +59,38 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
     types = expected[1] or expected[2]
     for pattern, plain in ((r"<class '(?:\w+\.)*(\w+)'>", r"\1"), (r"typing\.", ""), ("NoneType", "null")):
         types = re.sub(pattern, plain, types)
-    return f"{key[1]}={value[1]!r} is not valid; expected {types.replace(', ', ' or ')}"
+    return f"{key[1]}={value[1]!r} is not valid; expected {types.replace(', ', ' or ')}{_spelled(value[1], types)}"
+
+
+def _spelled(value: str, types: str) -> str:
+    """How a value is written here that other tools write otherwise."""
+    text = value.strip()
+    if "null" in types and text.lower() in ("none", "null", "nil", ""):
+        return "; give null"
+    with suppress(ValueError, OverflowError):
+        if "int" in types and float(text).is_integer():
+            return f"; give {int(float(text))}"
+    if "bool" in types and text.lower() in ("1", "0", "y", "n", "t", "f", "1.0", "0.0"):
+        return f"; give {'true' if text.lower() in ('1', 'y', 't', '1.0') else 'false'}"
+    items = text.strip("()[]").split(",")
+    if "list[int]" in types:
+        with suppress(ValueError, OverflowError):
+            return f"; give {[_whole(item) for item in items]}"
+    if "list[float]" in types:
+        with suppress(ValueError):
+            return f"; give {[float(item) for item in items]}"
+    if re.search(r"float(?! or int)", types) and re.fullmatch(r"[-+]?\d+,\d+", text):
+        return f"; give {text.replace(',', '.')}"
+    if "str" in types:
+        return "; in a file, texts that read like numbers, dates or switches stand between quotes"
+    return ""
+
+
+def _whole(text: str) -> int:
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(text)
+    return int(number)
 
 
 _BASES = (awconv.tasks.BaseTask, awconv.data.BaseDataModule, awconv.data.ClassificationDataModule)
