@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import signal
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks.timer import Interval
 from PIL import Image
 
 from awconv.cli import config_text
@@ -63,6 +65,11 @@ def test_what_is_written_is_read_as_it_was(value):
 @example({name: name for name in NAMES})
 def test_names_mean_the_same_to_whoever_reads_with_pyyaml(names):
     assert yaml.safe_load(config_text.dump(names)) == names
+
+
+def test_members_of_enumerations_and_numbers_of_numpy_are_written_as_what_they_stand_for():
+    value = {"interval": Interval.step, "errno": signal.SIGTERM, "lr": np.float64(0.1), "on": True}
+    assert same(config_text.load(config_text.dump(value)), {"interval": "step", "errno": 15, "lr": 0.1, "on": True})
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,10 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
+# members of enumerations, and NumPy's numbers
+_Dumper.add_multi_representer(str, lambda dumper, data: dumper.represent_str(str.__str__(data)))
+_Dumper.add_multi_representer(int, lambda dumper, data: dumper.represent_int(int(data)))
+_Dumper.add_multi_representer(float, lambda dumper, data: dumper.represent_float(float(data)))
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
     _kind.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
