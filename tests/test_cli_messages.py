@@ -105,14 +105,23 @@ def test_the_same_in_a_config(cli, tmp_path, config, says):
 
 
 @pytest.mark.parametrize(
-    ("logger", "flag"), [("MLFlowLogger", "_MLFLOW_AVAILABLE"), ("TensorBoardLogger", "_TENSORBOARD_AVAILABLE")]
+    ("logger", "flags"),
+    [
+        ("MLFlowLogger", ["pytorch.loggers.mlflow._MLFLOW_AVAILABLE"]),
+        ("CometLogger", ["pytorch.loggers.comet._COMET_AVAILABLE"]),
+        (
+            "TensorBoardLogger",
+            [
+                "pytorch.loggers.tensorboard._TENSORBOARD_AVAILABLE",
+                "fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE",
+                "fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE",
+            ],
+        ),
+    ],
 )
-def test_a_logger_whose_package_is_missing(cli, tmp_path, monkeypatch, logger, flag):
-    module = {"MLFlowLogger": "mlflow", "TensorBoardLogger": "tensorboard"}[logger]
-    monkeypatch.setattr(f"lightning.pytorch.loggers.{module}.{flag}", False)
-    if logger == "TensorBoardLogger":
-        monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
-        monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+def test_a_logger_whose_package_is_missing(cli, tmp_path, monkeypatch, logger, flags):
+    for flag in flags:
+        monkeypatch.setattr(f"lightning.{flag}", False)
     result = cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}", f"--trainer.logger={logger}")
     refused(result, f"{logger} needs a package that is not installed")
 

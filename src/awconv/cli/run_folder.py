@@ -1,6 +1,7 @@
 """The folder that a run writes into: where it lies, what it is called, and what is kept in it for later."""
 
 import errno
+import inspect
 import os
 import re
 import secrets
@@ -73,9 +74,10 @@ def lead_loggers(config: Any, run_dir: str) -> None:
         init_args = logger.get("init_args") if hasattr(logger, "get") else None
         if init_args is None:
             continue
-        if init_args.get("save_dir", None) in ("runs", ".", None):
-            init_args["save_dir"] = run_dir
         kind = resolve_name(logger.class_path)
+        takes_folder = not isinstance(kind, type) or "save_dir" in inspect.signature(kind).parameters
+        if takes_folder and init_args.get("save_dir", None) in ("runs", ".", None):
+            init_args["save_dir"] = run_dir
         if isinstance(kind, type) and issubclass(kind, WandbLogger) and config.resume and known.is_file():
             init_args["id"] = init_args.get("id", None) or known.read_text(encoding="utf-8").strip()
 
