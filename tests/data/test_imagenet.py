@@ -89,6 +89,7 @@ def test_default_sizes_are_the_usual_recipe():
         ({"eval_resize_size": "64"}, "eval_resize_size='64': expected"),
         ({"on_bad_image": "ignore"}, "on_bad_image='ignore': expected stop, skip or null"),
         ({"class_names": ["a", "b", "a"]}, "class_names=['a']: expected each name once"),
+        ({"class_names": ["e\u0301", "\u00e9", "b"]}, "class_names=['\u00e9']: expected each name once"),
         ({"class_names": []}, "class_names=[]: expected at least two names"),
         ({"class_names": ["cat"]}, "class_names=['cat']: expected at least two names"),
         ({"check_images": "yes"}, "check_images='yes': expected true or false"),
@@ -268,6 +269,7 @@ def test_no_validation_image_at_all(imagenet_root):
 def test_of_two_cranes_one_may_be_without_validation_images(tmp_path):
     make_class_folders(tmp_path, classes=("n01440764", "n02012849", "n03126707"))
     shutil.rmtree(tmp_path / "val" / "n02012849")
+    (tmp_path / "val" / "left over").mkdir()
     data = module(tmp_path)
     data.setup("fit")
     assert set(torch.cat([targets for _, targets in data.val_dataloader()]).tolist()) == {0, 2}
@@ -312,7 +314,7 @@ def test_one_line_for_each_split_counts_what_is_passed_over(imagenet_root, caplo
     with caplog.at_level("INFO"):
         for stage in ("fit", "test", "predict"):
             data.setup(stage)
-    hidden = "7 hidden names (.DS_Store, ._*, .ipynb_checkpoints, ... (7 in all))"
+    hidden = "7 hidden names (.DS_Store, ._*, .ipynb_checkpoints, ...)"
     assert [record.message for record in caplog.records] == [
         f"{imagenet_root}/train: passed over 2 files that are no images (.csv, .txt) and {hidden}"
     ] * 2

@@ -1,3 +1,4 @@
+import errno
 import os
 import struct
 import subprocess
@@ -7,6 +8,7 @@ import zlib
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 import torch
 
@@ -224,6 +226,39 @@ def test_heads_agree_with_the_pixels(tmp_path, pixels):
         assert read_picture(path).shape == (3, 30, 20), path
 
 
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("key", ["XML:com.adobe.xmp", "Raw profile type exif"])
+def test_only_exif_data_turn_an_image(tmp_path, pixels, key, behind):
+    """As in viewers; Pillow also heeds XMP, and what old versions of ImageMagick wrote as text."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    encoded = exif.tobytes()
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF tiff:Orientation="6"></rdf:RDF></x:xmpmeta>'
+    text = PIL.PngImagePlugin.PngInfo()
+    text.add_itxt(key, xmp if "xmp" in key else f"\nexif\n{len(encoded):8}\n{encoded.hex()}\n")
+    path = tmp_path / "a.png"
+    PIL.Image.fromarray(pixels).save(path, pnginfo=text)
+    if behind:
+        content = path.read_bytes()
+        start = content.index(b"iTXt") - 4
+        end = start + 12 + struct.unpack(">I", content[start : start + 4])[0]
+        path.write_bytes(content[:start] + content[end:-12] + content[start:end] + content[-12:])
+    with PIL.Image.open(path) as picture:
+        assert picture.getexif()[0x0112] == 6
+    assert read_heads([str(path)]) == [(20, 30, 1)]
+    np.testing.assert_array_equal(read_picture(path).permute(1, 2, 0), pixels)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def walk(top, topdown=True, onerror=None, followlinks=False):
+        onerror(PermissionError(errno.EACCES, "Permission denied", f"{top}/b"))
+        return iter(())
+
+    monkeypatch.setattr(os, "walk", walk)
+    with pytest.raises(InputError, match=r"/b: this folder cannot be read .Permission denied.; change its permissions"):
+        find_pictures(tmp_path)
+
+
 # ---- which files are images
 
 
@@ -268,7 +303,7 @@ def test_find_pictures(tmp_path):
     ]
     assert str(passed_over) == (
         "3 files that are no images (.part, .txt, without extension) and 11 hidden names ($RECYCLE.BIN, .DS_Store, "
-        "._*, ... (10 in all))"
+        "._*, ...)"
     )
     # the folder itself may be hidden
     assert len(find_pictures(tmp_path / ".hidden")) == 1

@@ -194,6 +194,8 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
     else:
         config = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
     model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
+    if "check_images" not in data and data.get("on_bad_image") == "stop":
+        data["on_bad_image"] = None  # version 0.1.0 had no other default
     if "initial_weights" in model:
         model["initial_weights"] = None  # they are in the checkpoint
     for name in ("class_names", "category_ids"):

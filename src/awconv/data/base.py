@@ -94,6 +94,7 @@ class BaseDataModule(LightningDataModule):
         self.check_images = check_images
         self.seed = seed
         self._datasets: dict[str, MapDataset] = {}
+        self._checked_splits: set[str] = set()
         self._sampler: TrainingSampler | None = None
         self._loaded: dict[str, Any] = {}
         self._resumed: _Resumed | None = None
@@ -137,7 +138,9 @@ class BaseDataModule(LightningDataModule):
         # prediction leaves out what cannot be read, and says so
         checked = [split for split in splits if split != "predict" or self.on_bad_image == "stop"]
         if self.check_images:
-            self._check_images({path: split for split in reversed(checked) for path in self._paths(split)})
+            checked = [split for split in checked if split not in self._checked_splits]
+            self._checked_splits.update(checked)
+            self._check_images(checked)
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented batches."""
@@ -286,14 +289,11 @@ class BaseDataModule(LightningDataModule):
         path = getattr(dataset, "path", None)
         return [path(index) for index in range(len(dataset))] if callable(path) else []
 
-    def _check_images(self, splits: dict[str, str]) -> None:
-        """Decode all image files, each of several processes its share, and refuse them if any cannot be read.
-
-        Args:
-            splits: The split of each path.
-        """
+    def _check_images(self, splits: Sequence[str]) -> None:
+        """Decode all image files, each of several processes its share, and refuse them if any cannot be read."""
+        paths = list(dict.fromkeys(path for split in splits for path in self._paths(split)))
         rank, processes = self._place()
-        mine = [str(error) for error in unreadable(list(splits)[rank::processes])]
+        mine = [str(error) for error in unreadable(paths[rank::processes])]
         shares: list[Any] = [mine] * processes
         if processes > 1:
             torch.distributed.all_gather_object(shares, mine)
@@ -301,7 +301,7 @@ class BaseDataModule(LightningDataModule):
         if errors:
             first = "; ".join(error.removesuffix("; replace or remove it") for error in errors[:3])
             raise InputError(
-                f"check_images=True: {len(errors)} of the {len(splits)} images of {' and '.join(set(splits.values()))} "
+                f"check_images=True: {len(errors)} of the {len(paths)} images of {' and '.join(splits)} "
                 f"cannot be read{', such as' if len(errors) > 3 else ':'} {first}; replace or remove them"
             )
 

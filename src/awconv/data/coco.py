@@ -139,8 +139,9 @@ class COCOAnnotations:
         """Find the pictures, compare their sizes with those in the file, and fit the boxes into them.
 
         Only the heads of the images are read. Images are used upright. The boxes of one that is stored turned (EXIF)
-        are turned with it where the file's width and height are those of the image as stored, unless its boxes fit
-        the upright image better; else they are taken to be of the upright image, as viewers show it. Where the size
+        are turned with it where the file's width and height are those of the image as stored, unless its boxes, or
+        where they fit both ways most of the file's, fit the upright image better; else they are taken to be of the
+        upright image, as viewers show it. Where the size
         does not decide (it is missing, the image is square, or turned by half or mirrored), the boxes are taken as
         those of the file's other images are, and of the upright image if the others do not agree.
 
@@ -207,7 +208,8 @@ class COCOAnnotations:
         # Some tools annotate the upright image and then write the size that the head of its file says.
         owners, sideways = kept.owners, as_stored & ~as_upright
         better = _lie_within(kept.boxes, stored[owners]) * 1 - _lie_within(kept.boxes, upright[owners])
-        turned = sideways & (better[sideways[owners]].sum() >= 0)
+        votes = np.bincount(owners, weights=better, minlength=len(kept))
+        turned = sideways & np.where(votes == 0, votes[sideways].sum() >= 0, votes > 0)
         if turned.any() and as_stored.all():
             # those whose size says nothing, such as square ones, are what the others of the file are
             turned = orientation > 1
@@ -502,8 +504,8 @@ class COCODataset(Dataset[tuple[Tensor, Target]]):
 
     def own_id(self, image_id: int) -> Any:
         """The annotation file's own id of the picture whose target has `image_id`."""
-        own_ids = self.annotations.own_ids
-        return image_id if own_ids is None else own_ids[self._index_of[image_id]]
+        own_ids, index = self.annotations.own_ids, self._index_of.get(image_id)
+        return image_id if own_ids is None or index is None else own_ids[index]
 
     def own_results(self, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Put results in COCO's format into the annotation file's own terms.
@@ -517,7 +519,10 @@ class COCODataset(Dataset[tuple[Tensor, Target]]):
         """
         own = []
         for result in results:
-            index = self._index_of[result["image_id"]]
+            index = self._index_of.get(result["image_id"])
+            if index is None:  # of another data set that was tested with this one
+                own.append(result)
+                continue
             orientation = int(self.annotations.orientations[index])
             result = {**result, "image_id": self.own_id(result["image_id"])}
             if orientation > 1:

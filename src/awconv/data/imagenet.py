@@ -1,6 +1,7 @@
 """ImageNet, and anyone's own pictures sorted into class folders."""
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Container, Mapping
@@ -91,7 +92,7 @@ class ImageNetDataModule(ClassificationDataModule):
         if decode_on_device:
             self._refuse_changes("decode_on_device", ImageNetDataModule, ("load", "collate"))
         if class_names is not None:
-            repeated = [name for name, count in Counter(class_names).items() if count > 1]
+            repeated = [name for name, count in Counter(map(_composed, class_names)).items() if count > 1]
             require(not repeated, "class_names", repeated, "each name once")
             require(len(class_names) > 1, "class_names", class_names, "at least two names")
         self.root = root
@@ -232,7 +233,9 @@ class ImageNetDataModule(ClassificationDataModule):
     def _index_of_class(self, split: str, folders: Mapping[str, list[str]], names: list[str]) -> dict[str, int]:
         index_of = {_composed(name): index for index, name in enumerate(names)}
         by_folder = {folder: folder for folder in folders}
-        by_title = dict(zip(folders, _readable(list(folders), index_of), strict=True))
+        # a folder of another kind is nobody's, if it holds no images
+        titled = [folder for folder in folders if folder in index_of or re.fullmatch(r"n\d{8}", folder)]
+        by_title = by_folder | dict(zip(titled, _readable(titled, index_of), strict=True))
         # all by one or all by the other: a list that mixes them is more likely a mistake than a wish
         name_of = max(by_folder, by_title, key=lambda naming: len(index_of.keys() & naming.values()))
         absent = [name for name in index_of if name not in name_of.values()]
@@ -261,7 +264,7 @@ def _readable(folders: list[str], known: Container[str] = ()) -> list[str]:
         folders: Names of folders.
         known: Names of which an English one with its WordNet id is preferred.
     """
-    if not all(len(name) == 9 and name[0] == "n" and name[1:].isdigit() for name in folders):
+    if not all(re.fullmatch(r"n\d{8}", name) for name in folders):
         return folders
     # only here: importing timm takes seconds, and one's own folders do without it
     from timm.data.imagenet_info import ImageNetInfo

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ EXTENSIONS = frozenset(
 )
 """Extensions of the still images that Pillow reads."""
 
-EXTENSIONS_SHOWN = ".jpg, .png, .webp, .tif and whatever else Pillow reads"
+EXTENSIONS_SHOWN = ".jpg, .png, .webp, .tif and the other still images that Pillow reads"
 
 # what systems and file servers leave behind without a leading dot
 _SYSTEM_NAMES = frozenset(
@@ -81,7 +81,8 @@ class PassedOver:
     def __str__(self) -> str:
         """A line such as "3 files that are no images (.txt, .xml) and 1 hidden name (.DS_Store)"; "" for nothing."""
         parts = [
-            f"{counts.total()} {one if counts.total() == 1 else many} ({', '.join(shown(sorted(counts)))})"
+            f"{counts.total()} {one if counts.total() == 1 else many} "
+            f"({', '.join(sorted(counts)[:3])}{', ...' if len(counts) > 3 else ''})"
             for counts, one, many in (
                 (self.others, "file that is no image", "files that are no images"),
                 (self.hidden, "hidden name", "hidden names"),
@@ -106,11 +107,14 @@ def find_pictures(folder: str | Path, passed_over: PassedOver | None = None) -> 
     Args:
         folder: Where to search; it may be hidden itself.
         passed_over: Counts what is passed over.
+
+    Raises:
+        InputError: A folder cannot be read.
     """
     passed_over = PassedOver() if passed_over is None else passed_over
     seen: set[str] = set()
     pictures: list[str] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         # A link to a folder above leads back here without end, or until the path is too long.
         real = os.path.realpath(parent)
         if real in seen:
@@ -126,6 +130,12 @@ def find_pictures(folder: str | Path, passed_over: PassedOver | None = None) -> 
             else:
                 passed_over.count(name)
     return sorted(pictures)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError(
+        f"{error.filename}: this folder cannot be read ({error.strerror}); change its permissions, or move it away"
+    ) from error
 
 
 def to_tensor(picture: PIL.Image.Image, name: str | Path) -> Tensor:
@@ -287,34 +297,32 @@ def _head_or_error(path: str) -> Head | InputError:
             # of a TIFF, PIL gives the size of the upright image, and earlier versions did not
             width, height = map(picture.tag_v2.get, _TIFF_SIZE) if hasattr(picture, "tag_v2") else picture.size
             if picture.format == "PNG" and "exif" not in picture.info:
-                picture.info["exif"] = _exif_of_png(file)
+                # unbuffered, since of every chunk no more is wanted than its head
+                picture.info["exif"] = _exif_of_png(file.raw)
             return Head(height, width, _orientation(picture))
     except InputError as error:
         return error
 
 
-def _exif_of_png(file: BinaryIO) -> bytes:
+def _exif_of_png(file: Any) -> bytes:
     """EXIF data of a PNG, wherever they are; some tools put them behind the pixels."""
     file.seek(8)
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         if kind == b"eXIf":
-            return b"Exif\x00\x00" + file.read(length)
+            return b"Exif\x00\x00" + bytes(file.read(length))
         file.seek(length + 4, os.SEEK_CUR)
     return b""
 
 
 def _orientation(picture: PIL.Image.Image) -> int:
     try:
-        if picture.format in ("JPEG", "MPO"):
-            if "exif" not in picture.info:
-                return 1
-            # viewers heed EXIF alone, where PIL would also look into XMP
-            exif = PIL.Image.Exif()
-            exif.load(picture.info["exif"])
-        else:
-            # not a PNG's own method, which decodes the whole image to find EXIF data behind the pixels
+        if hasattr(picture, "tag_v2"):  # a TIFF
             exif = PIL.Image.Image.getexif(picture)
+        else:
+            # viewers heed EXIF alone, where PIL would also look into XMP and ImageMagick's texts
+            exif = PIL.Image.Exif()
+            exif.load(picture.info.get("exif", b""))
         orientation = exif.get(PIL.ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF data, with as many kinds of exceptions as in _naming, turn nothing
         return 1
