@@ -76,10 +76,17 @@ def test_members_of_enumerations_and_numbers_of_numpy_are_written_as_what_they_s
     ("text", "value"),
     [("1e-3", 1e-3), ("1E5", 1e5), ("1.e3", 1e3), ("-.5", -0.5), ("1_0", 10), ("None", None), ("null", None),
      ("", None), ("~", None), ("True", True), ("off", False), ("2024-01-01", "2024-01-01"), ("017", "017"),
-     ("12:30", "12:30"), ("0x1F", 31), (".inf", math.inf), ("e5", "e5"), ("1e5x", "1e5x"), ("none", "none")],
+     ("12:30", "12:30"), ("0x1F", 31), ("0x_", "0x_"), ("0b_", "0b_"),
+     (".inf", math.inf), ("e5", "e5"), ("1e5x", "1e5x"), ("none", "none")],
 )  # fmt: skip
 def test_scalars(text, value):
     assert same(config_text.load(text), value)
+
+
+@pytest.mark.parametrize("text", ["!!int x", "!!timestamp x", "[a", "9" * 5000])
+def test_what_cannot_be_read_is_one_kind_of_error(text):
+    with pytest.raises(yaml.YAMLError):
+        config_text.load(text)
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,21 +49,27 @@ class Scripted(BaseTask):
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         if self.global_step == self.kill_at:
             raise Killed
+        if "/" not in self.metric:  # as the mean over the epoch, whose last value validations see too
+            self.log(self.metric, self.values[self.current_epoch], on_step=False, on_epoch=True)
         return self(batch[0]).mean()
 
     def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
-        if not self.metric.startswith("train/"):
+        if self.metric.startswith("val/"):
             self.measure()
 
     def on_train_epoch_end(self) -> None:
         if self.metric.startswith("train/"):
             self.measure()
+        elif not self.metric.startswith("val/"):
+            self.see(self.values[self.current_epoch])
 
     def measure(self) -> None:
-        value = self.values[self.global_step]
-        self.log(self.metric, value)
+        self.log(self.metric, self.values[self.global_step])
         if not self.trainer.sanity_checking:
-            self.seen.append(Seen(self.global_step, value, flat(self.network.state_dict().values())))
+            self.see(self.values[self.global_step])
+
+    def see(self, value: float) -> None:
+        self.seen.append(Seen(self.global_step, value, flat(self.network.state_dict().values())))
 
 
 def flat(tensors: Any) -> torch.Tensor:
@@ -126,6 +132,7 @@ METRICS = [
     ("val/taste", "max", "max"),
     ("val/taste", "min", "min"),
     ("train/loss", None, "min"),
+    ("goodness", "max", "max"),
 ]
 VALUES = st.sampled_from([0.0, 0.25, 0.5, 0.5, 0.75, 1.0, math.nan, math.nan, math.inf, -math.inf])
 OPTIONS = {
@@ -148,7 +155,7 @@ def test_best_ckpt_holds_the_best_validation(tmp_path_factory, data):
     averaged = data.draw(st.sampled_from([None, 0.5]), "ema_decay")
     kill_at = data.draw(st.sampled_from([None, *range(1, 12)]), "kill_at")
     # at the end of an epoch of training the checkpoint holds the average, and the epoch has seen the weights themselves
-    weights = averaged is None or not metric.startswith("train/")
+    weights = averaged is None or metric.startswith("val/")
 
     module = Scripted(values, metric, kill_at, ema_decay=averaged)
     best = run(module, folder, metric, **options)
@@ -184,6 +191,9 @@ def test_best_ckpt_holds_the_best_validation(tmp_path_factory, data):
         ("val/f1", "max"),
         ("MulticlassAUROC", None),
         ("val/temperature", None),
+        ("val/neg_loss", None),
+        ("val/acc_drop", None),
+        ("val/loss_rpn_box_reg", "min"),
         ("val/maple", None),
     ],
 )
@@ -218,6 +228,43 @@ def test_what_contradicts_itself_is_refused_before_the_first_step(tmp_path, moni
 def test_a_metric_that_nobody_measures_is_refused_without_a_sanity_check_too(tmp_path):
     with pytest.raises(InputError, match=r"checkpoint.monitor='val/loss' is not measured; choose one of val/acc1"):
         run(Scripted([0.0] * 17, "val/acc1"), tmp_path, "val/loss", num_sanity_val_steps=0)
+
+
+def test_a_tuner_in_a_resumed_run_is_refused(tmp_path):
+    """Lightning would forget the checkpoint over it, and train from the first step again."""
+    run(Scripted([0.0] * 17, "val/acc1"), tmp_path, None)
+    with pytest.raises(InputError, match="LearningRateFinder: a tuner in a resumed run would begin it anew"):
+        run(Scripted([0.0] * 17, "val/acc1"), tmp_path, None, tmp_path / "last.ckpt", [LearningRateFinder()])
+
+
+def test_step_and_epoch_may_be_followed_by_other_checkpoints(tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{step}", monitor="step", mode="max", save_top_k=2)
+    run(Scripted([0.0] * 17, "val/acc1"), tmp_path, None, callbacks=[keep])
+    assert sorted(path.name for path in tmp_path.glob("step=*")) == ["step=12.ckpt", "step=8.ckpt"]
+
+
+def test_a_tasks_own_metric_is_better_when_higher_unless_its_name_says_otherwise(tmp_path):
+    module = Scripted([-3.0] * 8 + [-1.0] * 4 + [-2.0] * 5, "val/neg_loss")
+    module.monitor = "val/neg_loss"
+    best = run(module, tmp_path, None)
+    assert (best.best_step, float(best.best_model_score)) == (8, -1.0)
+
+
+def test_the_best_of_several_files_of_the_first_version_goes_on(tmp_path):
+    old = tmp_path / "old"
+    values = [0.0] * 4 + [0.5] * 4 + [0.9] * 4 + [0.7] * 5
+    run(Scripted(values, "val/acc1"), old, None)
+    state = torch.load(old / "last.ckpt", weights_only=True)
+    held = state["callbacks"].pop("BestCheckpoint")
+    del held["mode"], held["best_step"]
+    held["best_model_path"] = str(old / "mine.ckpt")
+    state["callbacks"]["BestCheckpoint{'monitor': 'val/acc1', 'mode': 'max'}"] = held
+    torch.save(state, old / "last.ckpt")
+    torch.save({**state, "global_step": 8}, old / "mine.ckpt")
+    (old / "best.ckpt").unlink()
+    best = run(Scripted([0.8] * 17, "val/acc1"), tmp_path / "new", None, old / "last.ckpt", max_epochs=4)
+    assert float(best.best_model_score) == pytest.approx(0.9)
+    assert torch.load(tmp_path / "new/best.ckpt", weights_only=True)["global_step"] == 8
 
 
 def test_other_checkpoints_beside_the_best(tmp_path):
@@ -258,6 +305,6 @@ def test_a_best_that_was_deleted_is_told(tmp_path):
         max_epochs=4,
         callbacks=[best := BestCheckpoint(new), LastCheckpoint(str(new))],
     )
-    with pytest.warns(UserWarning, match=r"best.ckpt of step 4 .val/acc1=0.5. is not there any more"):
+    with pytest.warns(UserWarning, match=r"best.ckpt .val/acc1=0.5. is not there any more"):
         trainer.fit(module, loader(), loader(), ckpt_path=new / "last.ckpt", weights_only=True)
     assert best.best_step == 16

@@ -492,6 +492,23 @@ def test_an_interrupted_epoch_is_trained_on_once_whatever_changes(tmp_path_facto
         assert size - len(counts) < max(batch_size for batch_size, *_ in [*runs, last])
 
 
+@pytest.mark.parametrize("batch_size", [4, 7, 12, 2])
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_after_a_checkpoint_of_the_last_batch_comes_a_whole_epoch(tmp_path, batch_size, at_the_end):
+    """As Lightning's own callback writes them: before and after the epoch counts as done, or without its end."""
+    options = {"every_n_epochs": 1, "save_on_train_epoch_end": False} if at_the_end else {"every_n_train_steps": 6}
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **options)
+    module, data = Interrupted(24, None), Numbered(24, batch_size=4)
+    trainer(tmp_path, 1, enable_checkpointing=True, callbacks=[keep]).fit(module, data)
+    resumed = Interrupted(24, None)
+    data, checkpoint = Numbered(24, batch_size=batch_size), tmp_path / "step=6.ckpt"
+    trainer(tmp_path, 2).fit(resumed, data, ckpt_path=checkpoint, weights_only=True)
+    counts = Counter(index for epoch, batch in resumed.seen for index in batch)
+    assert [epoch for epoch, _ in resumed.seen] == [1] * (24 // batch_size)
+    assert set(counts.values()) == {1}
+    assert 24 - len(counts) < batch_size
+
+
 def test_overfit_batches(tmp_path):
     watch = Watch()
     with pytest.warns(UserWarning, match="requested to overfit"):

@@ -140,6 +140,41 @@ def test_a_schedule_without_end_is_refused(tmp_path):
 # ---- optimisers ----------------------------------------------------------------------------------
 
 
+class Endless(Data):
+    """Batches of which nobody knows the number."""
+
+    def train_dataloader(self):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return iter([(torch.zeros(3, 2, 2), 0)] * 4 * BATCH)
+
+        return DataLoader(Stream(), BATCH)
+
+
+@pytest.mark.parametrize("options", [{"lr_schedule": "multistep", "milestones": [2]}, {"warmup_epochs": 1}])
+def test_epochs_of_unknown_length_are_no_measure(tmp_path, options):
+    with pytest.raises(InputError, match=r"the data do not tell how long an epoch is; give model.warmup_steps"):
+        trainer(tmp_path, max_steps=6).fit(task(**options), Endless())
+
+
+def test_epochs_of_unknown_length_do_where_steps_are_given(tmp_path):
+    order = Order()
+    trainer(tmp_path, order, max_steps=6).fit(task(lr_schedule="cosine", warmup_steps=2), Endless())
+    assert len(order.lrs) == 6
+    assert order.lrs[2] == max(order.lrs) == 0.5
+
+
+def test_a_schedule_of_ones_own_needs_no_end(tmp_path):
+    class Own(TinyTask):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    order = Order(stop_after=7)
+    torch.manual_seed(0)
+    trainer(tmp_path, order, max_epochs=-1).fit(Own("tiny", num_classes=CLASSES), Data())
+    assert order.lrs == [0.1] * 7
+
+
 def test_weight_decay_can_spare_norms_and_biases(tmp_path):
     model = task(weight_decay=0.1, decay_norm_and_bias=False, optimizer="AdamW")
     trainer(tmp_path, max_epochs=1).fit(model, Data())

@@ -17,7 +17,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -27,6 +27,17 @@ from awconv.errors import InputError, require_int, require_number
 BEST, LAST, PREVIOUS, CONFIG = "best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml"
 # Windows has no SIGUSR1
 _PREEMPTIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
+
+# words in the names of metrics; a loss or an error rate is one, whatever of
+_LOWER_IS_BETTER = frozenset("loss err error mse rmse mae nll perplexity ece".split())  # noqa: SIM905
+_HIGHER_IS_BETTER = frozenset(
+    "acc accuracy top map mar ap ar auc auroc f iou miou dice precision recall psnr ssim".split()  # noqa: SIM905
+)
+_SAYS_NOTHING = frozenset(
+    "train val valid validation test epoch rate mean macro micro weighted small medium large score multiclass "  # noqa: SIM905
+    "binary cls classifier classification box bbox reg regression rpn objectness ctrness mask".split()
+)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -106,7 +117,7 @@ class BestCheckpoint(ModelCheckpoint):
     def _refuse_those_of_another_run(self) -> None:
         if self._resumed:
             return
-        for name in (BEST, LAST):
+        for name in (BEST, LAST, PREVIOUS):
             there = Path(self.dirpath or "", name)
             if there.exists():
                 raise InputError(
@@ -116,11 +127,12 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuses metrics that do not exist, before an epoch is lost on them."""
-        ours = type(pl_module).__module__.startswith("awconv.")
+        logs: list[Any] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
+        ours = all(type(one).__module__.startswith(("awconv.", "lightning.")) for one in logs)
         for name, monitor in _monitors(trainer):
             # what training logs is not known yet, but for this project's own tasks, whose names say it
             known = monitor.startswith("val/") or (ours and not monitor.startswith("train/"))
-            if known and monitor not in trainer.callback_metrics:
+            if known and monitor not in {*trainer.callback_metrics, "epoch", "step"}:
                 raise _not_measured(name, monitor, trainer)
 
     # ---- the best ------------------------------------------------------------------------------------------------
@@ -130,8 +142,11 @@ class BestCheckpoint(ModelCheckpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self._reads_training is None:
-            monitor = str(self.monitor)
-            self._reads_training = monitor.startswith("train/") or monitor not in trainer.callback_metrics
+            # callback_metrics also holds what training has logged before
+            results = trainer.fit_loop.epoch_loop.val_loop._results.values()
+            validated = {result.meta.name for result in results}
+            training = str(self.monitor).startswith("train/") or self.monitor not in validated
+            self._reads_training = trainer.strategy.broadcast(training)
         if not self._reads_training:
             self._compare(trainer)
             # at the end of an epoch the checkpoint is written a moment later, when Lightning counts the epoch as done
@@ -148,10 +163,10 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _compare(self, trainer: L.Trainer) -> None:
         value = trainer.callback_metrics.get(str(self.monitor))
-        if value is None:
-            raise _not_measured("checkpoint", str(self.monitor), trainer)
         # where processes disagree the first one decides for all: to write a checkpoint takes them all
-        score: Tensor = trainer.strategy.broadcast(value.detach().cpu())
+        score: Tensor | None = trainer.strategy.broadcast(None if value is None else value.detach().cpu())
+        if score is None:
+            raise _not_measured("checkpoint", str(self.monitor), trainer)
         self.current_score = score
         if self._beats(score, self.best_model_score):
             self.best_model_score, self.best_step, self._is_better = score, trainer.global_step, True
@@ -181,23 +196,28 @@ class BestCheckpoint(ModelCheckpoint):
         """Takes over the best of the run that is resumed, value and file."""
         if trainer.state.fn != "fit" or trainer.ckpt_path is None:  # a tuner restores what it has saved
             return
+        finder = next((c for c in trainer.callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)), None)  # type: ignore[attr-defined]
+        if finder is not None:
+            raise InputError(
+                f"{_called(finder)}: a tuner in a resumed run would begin it anew; leave it out, or start from its "
+                "weights with model.initial_weights"
+            )
         source, here = Path(str(trainer.ckpt_path)), Path(self.dirpath or "", BEST)
         in_place = os.path.realpath(source.parent) == os.path.realpath(here.parent)
         if not in_place:
             self._refuse_those_of_another_run()
         self._resumed = True
         saved = _Best.of(checkpoint)
-        if saved is not None and saved.step == self.best_step and self.best_model_score is not None:
-            return  # a tuner does it in a resumed run
+        held = source.with_name(BEST if saved is None else saved.file)
         # all look before the first one writes; the file counts, since it may be newer than the checkpoint
-        found = _Best.read(source.parent / BEST)
+        found = _Best.read(held)
         if found is not None and not in_place and found.step > checkpoint["global_step"]:
             found = None
         for best in (saved, found):
             if best is not None and (best.monitor, best.mode) != (self.monitor, self.mode):
                 self._follow_another_metric(best, source, in_place)
                 return
-        candidates = {} if found is None else {source.parent / BEST: found}
+        candidates = {} if found is None else {held: found}
         if saved is not None and saved.step == checkpoint["global_step"]:
             candidates[source] = saved
         trainer.strategy.barrier()
@@ -205,8 +225,8 @@ class BestCheckpoint(ModelCheckpoint):
             if saved is None:
                 return
             rank_zero_warn(
-                f"{source.parent / BEST} of step {saved.step} ({self.monitor}={float(saved.score):.4g}) is not there "
-                "any more: best.ckpt follows the validations from here on"
+                f"{held} ({self.monitor}={float(saved.score):.4g}) is not there any more: best.ckpt follows "
+                "the validations from here on"
             )
             return
         chosen = next(iter(candidates))
@@ -235,18 +255,20 @@ class _Best(NamedTuple):
     mode: str
     score: Tensor
     step: int
+    file: str
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> "_Best | None":
         """What the state of :class:`BestCheckpoint` says; None where nothing was validated."""
         states = checkpoint.get("callbacks") or {}
-        # in checkpoints of version 0.1.0 the key goes on with the options, and the state has no mode and no step
+        # in checkpoints of version 0.1.0 the key goes on with the options, the state has no mode and no step, and the
+        # best of several files may have another name
         key = next((key for key in states if key.startswith("BestCheckpoint")), None)
         if key is None or states[key]["best_model_score"] is None:
             return None
         state = {"mode": "min" if "'mode': 'min'" in key else "max", "best_step": -1, **states[key]}
         score = torch.as_tensor(state["best_model_score"]).cpu()
-        return cls(state["monitor"], state["mode"], score, state["best_step"])
+        return cls(state["monitor"], state["mode"], score, state["best_step"], Path(state["best_model_path"]).name)
 
     @classmethod
     def read(cls, path: Path) -> "_Best | None":
@@ -262,13 +284,14 @@ class _Best(NamedTuple):
 def direction(metric: str) -> Literal["min", "max"] | None:
     """Whether a lower or a higher value of a metric is better, by the words of its name; None where they do not say.
 
-    ``val/loss`` and ``val_error_rate`` are better when lower, ``val/acc1``, ``val/map_50`` and ``auroc`` when higher.
+    ``val/loss`` and ``val_error_rate`` are better when lower, ``val/acc1``, ``val/map_50`` and ``auroc`` when higher;
+    of ``neg_loss`` and ``acc_drop``, in which another word may turn it round, nothing is known.
     """
-    words = set(re.split(r"[^a-z]+", (metric.partition("/")[2] or metric).lower()))
-    if words & {"loss", "err", "error", "mse", "rmse", "mae", "nll", "perplexity", "ece"}:
-        return "min"
-    higher = {"acc", "accuracy", "top", "map", "mar", "ap", "ar", "auc", "auroc", "f", "iou", "miou", "dice"}
-    return "max" if words & (higher | {"precision", "recall", "psnr", "ssim"}) else None
+    words = set(re.findall("[a-z]+", metric.lower()))
+    lower, higher = words & _LOWER_IS_BETTER, words & _HIGHER_IS_BETTER
+    if words - _LOWER_IS_BETTER - _HIGHER_IS_BETTER - _SAYS_NOTHING or not (lower or higher):
+        return None
+    return "min" if lower else "max"
 
 
 def _monitors(trainer: L.Trainer) -> Iterator[tuple[str, str]]:

@@ -35,7 +35,13 @@ from awconv.callbacks.checkpoints import LAST, read_checkpoint
 from awconv.callbacks.wandb_run import describe_runs
 from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
-from awconv.cli.checks import construct, refused_by_library, require_one_accumulation, require_sensible_numbers
+from awconv.cli.checks import (
+    construct,
+    has_foreign_frames,
+    refused_by_library,
+    require_one_accumulation,
+    require_sensible_numbers,
+)
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
 from awconv.cli.surroundings import keep_wandb_files_in, progress_bar, replace_what_cannot_be_shown
@@ -167,7 +173,7 @@ class AWConvCLI(LightningCLI):
             if section.dirpath is None:
                 section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
         _lead_checkpoints(config.trainer.callbacks, str(config.checkpoint.dirpath))
-        self._folder_is_new = not os.path.lexists(self.run_dir)
+        self._folder_is_new = not os.path.lexists(self.run_dir) or not os.listdir(self.run_dir)
         self.save_config_kwargs = {
             "run_dir": self.run_dir,
             "command": str(self.subcommand),
@@ -198,6 +204,7 @@ class AWConvCLI(LightningCLI):
     _refused: InputError | None = None
 
     def _construct(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        self._refused = None
         try:
             return construct(cls, *args, **kwargs)
         except InputError as error:
@@ -264,7 +271,7 @@ class AWConvCLI(LightningCLI):
             raise
         except Exception as error:
             said = None if isinstance(error, MisconfigurationException) else bad_input(error)
-            said = said or refused_by_library(error) or bad_input(error)
+            said = said or refused_by_library(error) or (None if has_foreign_frames(error) else bad_input(error))
             if not said:
                 raise
             if self.trainer.is_global_zero and self._folder_is_new:

@@ -15,7 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 
 from awconv.callbacks import BestCheckpoint
-from awconv.callbacks.checkpoints import find_newest, find_run, read_checkpoint
+from awconv.callbacks.checkpoints import direction, find_newest, find_run, read_checkpoint
 from awconv.cli import config_text
 from awconv.errors import InputError
 
@@ -188,7 +188,9 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
         raise InputError(f"ckpt_path={str(path)!r} carries no config; give with -c the configs it was trained with")
     if subcommand == "fit":
         # earlier versions took all options of Lightning's ModelCheckpoint
-        known = inspect.signature(BestCheckpoint).parameters
+        known = set(inspect.signature(BestCheckpoint).parameters)
+        if "save_top_k" in (config.get("checkpoint") or {}) and direction(str(config["checkpoint"].get("monitor"))):
+            known.discard("mode")  # which nobody needed to give
         config["checkpoint"] = {key: value for key, value in (config.get("checkpoint") or {}).items() if key in known}
         _keep_what_was_found(config, checkpoint)
     else:
@@ -209,13 +211,16 @@ def _keep_what_was_found(config: dict[str, Any], checkpoint: Mapping[str, Any]) 
     """Lets a run go on with the learning rate and batch size that it found, and not look for them again."""
     callbacks = config["trainer"].get("callbacks")
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    sought = {"LearningRateFinder": ("model", "hyper_parameters", "lr")}
-    sought["BatchSizeFinder"] = ("data", "datamodule_hyper_parameters", "batch_size")
+    sought = {
+        "LearningRateFinder": ("model", "hyper_parameters", "attr_name", "lr"),
+        "BatchSizeFinder": ("data", "datamodule_hyper_parameters", "batch_arg_name", "batch_size"),
+    }
     for callback in list(callbacks):
         name = str(callback["class_path"]).rpartition(".")[2]
         if name in sought:
             callbacks.remove(callback)
-            section, source, argument = sought[name]
+            section, source, option, usual = sought[name]
+            argument = (callback.get("init_args") or {}).get(option) or usual
             found = checkpoint.get(source, {}).get(argument)
             if found is not None:
                 config[section].setdefault("init_args", {})[argument] = found

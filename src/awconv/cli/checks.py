@@ -129,6 +129,11 @@ def refused_by_library(error: Exception) -> str | None:
     return None
 
 
+def has_foreign_frames(error: BaseException) -> bool:
+    """Whether code of a fork had a part in an exception: neither a library's nor this project's."""
+    return any(not _is_library(frame) and _root(_module(frame)) != "awconv" for frame in _frames(error))
+
+
 def _frames(error: BaseException) -> list[FrameType]:
     return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
 

@@ -11,9 +11,12 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 
 
 def replace_what_cannot_be_shown() -> None:
-    """Lets standard output and error escape characters that their encoding lacks; otherwise printing one raises."""
+    """Lets standard output and error escape what their encoding lacks; otherwise printing it raises.
+
+    Those are letters, and in UTF-8 the bytes of file names that are no text.
+    """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and not _is_utf8(stream):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -39,8 +42,12 @@ def keep_wandb_files_in(run_dir: str) -> None:
     except RuntimeError:  # neither HOME nor a user of that number, as in some containers
         there = Path(tempfile.gettempdir())
         os.environ["HOME"] = str(there)
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    try:
+        while not there.exists():
+            there = there.parent
+        writable = there.is_dir() and os.access(there, os.W_OK)
+    except OSError:  # below a folder that may not be entered
+        writable = False
+    if not writable:
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
             os.environ.setdefault(name, str(Path(run_dir, "wandb")))

@@ -228,13 +228,16 @@ class BaseDataModule(LightningDataModule):
     def _begin_epoch(self, epoch: int) -> None:
         """Leaves out what was trained on of an epoch inside which a run is resumed."""
         loop: Any = None if self.trainer is None else self.trainer.fit_loop
-        if loop is None or not loop.restarted_mid_epoch or self._loaded.get("epoch", epoch) != epoch:
+        if loop is None or not loop.restarted_mid_epoch:
             return
         sampler: Any = self._sampler
         loader: Any = self.trainer.train_dataloader  # type: ignore[union-attr]
         batches: Any = self.trainer.num_training_batches  # type: ignore[union-attr]
         progress = loop.epoch_loop.batch_progress.current
         done: int = progress.ready
+        if self._loaded.get("epoch", epoch) != epoch:  # the checkpoint is of the last batch of an epoch, which is over
+            progress.completed = max(progress.completed, batches - 1)
+            return
         here = Part(self.batch_size, sampler.num_replicas, 0)
         # a checkpoint of version 0.1.0 says nothing
         before = [(*here[:2], done * here.batch_size * here.processes)]
@@ -249,7 +252,9 @@ class BaseDataModule(LightningDataModule):
             parts.append(here)
         if changed or state["batches"] != batches:
             samples = len(sampler.remaining(state["seed"], parts)) // here.processes
-            if samples < here.batch_size:
+            if done >= state["batches"]:  # that epoch is over
+                samples = 0
+            elif samples < here.batch_size:
                 raise InputError(
                     f"batch_size={here.batch_size}: {samples} samples a process are left of the epoch inside which the "
                     f"run is resumed; give a batch_size of at most {samples}"

@@ -223,7 +223,8 @@ class Loader(DataLoader[Any]):
     tells the sampler the epoch of a resumed run, and workers started then would load the wrong samples.
 
     The two methods by which Lightning knows a loader that can be resumed inside an epoch do nothing: where to go on
-    follows from Lightning's own count of batches, see :attr:`TrainingSampler.parts`.
+    follows from Lightning's own count of batches and the state of the data module, see
+    :attr:`TrainingSampler.parts`.
     """
 
     def state_dict(self) -> dict[str, Any]:

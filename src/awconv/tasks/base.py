@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -64,7 +64,7 @@ class BaseTask(L.LightningModule):
 
     network: nn.Module
     monitor: ClassVar[str]
-    """The metric of which a higher value is better, by which the best checkpoint is chosen."""
+    """The metric by which the best checkpoint is chosen; of higher values, unless its name says otherwise (a loss)."""
     weights_report: WeightsReport | None = None
     """What the network starts from; None where nobody knows."""
 
@@ -290,7 +290,8 @@ class BaseTask(L.LightningModule):
         )
         if wrong := {name: int(step) for name, step in steps.items() if step >= 0}:
             step = min(wrong.values())
-            epoch = Timeline(self.trainer).epoch_of(step)
+            schedule = self.lr_schedulers()
+            epoch = schedule.timeline.epoch_of(step) if isinstance(schedule, Schedule) else self.current_epoch
             names = " and ".join(name for name in wrong if wrong[name] == step)
             raise InputError(
                 f"{names} was not finite at step {step} (epoch {epoch}); training stopped and wrote no checkpoint "
@@ -367,13 +368,15 @@ class BaseTask(L.LightningModule):
         """Takes over what has changed since the optimiser was built, and says what the learning rate is for."""
         if not self._fit_has_begun:
             return
-        timeline = Timeline(self.trainer)
-        # GradientAccumulationScheduler sets it at the start of every epoch but the one inside which a run is resumed
-        self.trainer.accumulate_grad_batches = timeline.accumulated(self.current_epoch)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                # it does so at the start of every epoch but the one inside which a run is resumed
+                accumulated = callback.get_accumulate_grad_batches(self.current_epoch)
+                self.trainer.accumulate_grad_batches = accumulated
         schedule = self.lr_schedulers()
         if isinstance(schedule, Schedule):
             schedule.follow(self.trainer)
-            self._find_place(schedule, timeline)
+            self._find_place(schedule, schedule.timeline)
             schedule.apply()
         self._say_global_batch()
 

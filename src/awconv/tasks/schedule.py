@@ -25,7 +25,7 @@ class Timeline:
         total: Optimiser steps of the run.
 
     Raises:
-        InputError: If the run has no end.
+        InputError: If the run has no end, or if epochs are asked for whose length is unknown.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
@@ -56,11 +56,18 @@ class Timeline:
     def step_at(self, epoch: float) -> int:
         """Optimiser steps before a point of time in epochs, such as 2.5, the middle of the third."""
         whole = int(epoch)
+        if math.isinf(self.batches) and epoch > 0:
+            raise InputError(
+                f"the schedule refers to epoch {epoch}, and the data do not tell how long an epoch is; give "
+                "model.warmup_steps and trainer.max_steps, and no milestones"
+            )
         before = whole * self.steps_in(0) if self._changing is None else sum(map(self.steps_in, range(whole)))
         return round(before + (epoch - whole) * self.steps_in(whole))
 
     def epoch_of(self, step: int) -> int:
         """The epoch in which an optimiser step is made."""
+        if math.isinf(self.batches):
+            return 0
         epoch = 0 if self._changing is not None else step // self.steps_in(0)
         while self.step_at(epoch + 1) <= step:
             epoch += 1
