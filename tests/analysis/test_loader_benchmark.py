@@ -162,7 +162,8 @@ def test_the_command_prints_a_table_and_writes_the_records(tmp_path, capsys):
     ("folders", "batch", "told"),
     [
         ((), "4", "train"),
-        (("train/cat",), "4", "train/cat"),
+        (("train/cat",), "4", "found only cat"),
+        (("train/cat", "train/dog"), "4", "train/cat"),
         (None, "20", "12 pictures to train on, less than a batch"),
     ],
 )

@@ -213,15 +213,16 @@ def _folder_of_pictures(root: Path | None, pictures: int, batch: int) -> Iterato
             _link_pictures(root, Path(name), pictures, batch)
             yield Path(name)
             return
-        folder = Path(name, "train", "pictures")
-        folder.mkdir(parents=True)
+        classes = [Path(name, "train", kind) for kind in ("even", "odd")]
+        for folder in classes:
+            folder.mkdir(parents=True)
+        paths = [classes[index % 2] / f"{index:06}.jpg" for index in range(pictures)]
         generator = np.random.default_rng(0)
-        for index in range(pictures):
-            path = folder / f"{index:06}.jpg"
+        for index, path in enumerate(paths):
             if index < _DRAWN:
                 _draw_picture(generator).save(path, quality=96)
             else:  # another name of the same file: what is measured is not how the disk reads
-                os.link(folder / f"{index % _DRAWN:06}.jpg", path)
+                os.link(paths[index % _DRAWN], path)
         yield Path(name)
 
 
