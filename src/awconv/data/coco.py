@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import posixpath
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from awconv.data.base import Transform
-from awconv.data.pictures import Head, read_heads, read_or_next, read_picture
+from awconv.data.pictures import Head, composed, read_heads, read_or_next, read_picture
 from awconv.errors import InputError, is_number, require
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -114,7 +113,7 @@ class COCOAnnotations:
         Raises:
             InputError: An annotation is of another category, or an id has another name.
         """
-        expected = dict(zip(category_ids, map(_normal, class_names), strict=True))
+        expected = dict(zip(category_ids, map(composed, class_names), strict=True))
         places = {number: label for label, number in enumerate(expected, start=1)}
         counts = np.bincount(self.labels, minlength=len(self.category_ids) + 1)
         own = dict(zip(self.category_ids, self.class_names, strict=True))
@@ -278,11 +277,6 @@ class COCOAnnotations:
         )
 
 
-def refuse_repeated_names(names: list[str], source: str) -> None:
-    """Raise an `InputError` that names `source` if two categories have one name."""
-    _refuse_repeated(names, "name of a category", source)
-
-
 def shown_categories(categories: Sequence[tuple[CategoryId, str]], most: int = 3) -> str:
     """Names and ids of categories for a message, of many the first ones."""
     shown = [f"{name!r} (id {number!r})" for number, name in categories[:most]]
@@ -405,7 +399,7 @@ def read_annotations(path: str, argument: str, remedy: str) -> COCOAnnotations:
         raise wrong(row, f"has iscrowd={annotations[row]['iscrowd']!r}; make it 0 or 1")
 
     root = _root({number: categories[number] for number in category_ids}, set(places.tolist()))
-    refuse_repeated_names([name for number, name in names.items() if number != root], source)
+    refuse_repeated([name for number, name in names.items() if number != root], "name of a category", source)
     plain = all(type(number) is int and -(2**63) <= number < 2**63 for number in image_ids)
     own_ids = np.empty(len(image_ids), dtype=object)
     own_ids[:] = image_ids
@@ -601,7 +595,7 @@ def _by_id(
         first = found.setdefault(number, entry)
         if first is not entry and any(first.get(key) != entry.get(key) for key in meaning):
             repeated.append(number)
-    _refuse_repeated([*found, *dict.fromkeys(repeated)], f"{kind} id", source)
+    refuse_repeated([*found, *dict.fromkeys(repeated)], f"{kind} id", source)
     return found
 
 
@@ -622,7 +616,8 @@ def _ranks(ids: Sequence[Any]) -> Array:
     return ranks
 
 
-def _refuse_repeated(values: list[Any], kind: str, source: str) -> None:
+def refuse_repeated(values: list[Any], kind: str, source: str) -> None:
+    """Raise an `InputError` that names `source` if a value, such as the "name of a category", is there twice."""
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
         raise InputError(
@@ -635,7 +630,7 @@ def _category_name(number: CategoryId, category: dict[str, Any], source: str) ->
     name = _whole(category.get("name"))
     if not isinstance(name, str) and not is_number(name):
         raise InputError(f"{source}: category {number} has no name (name={name!r}); give it one")
-    return _normal(str(name))
+    return composed(str(name))
 
 
 def _root(categories: dict[CategoryId, dict[str, Any]], annotated: set[int]) -> CategoryId | None:
@@ -762,13 +757,13 @@ class _Files:
         parent, _, base = name.rpartition("/")
         if not os.path.isabs(name) and ".." not in parent and base in self._names_in(parent):
             return name
-        around = _normal(os.path.abspath(self._folder)).split(os.sep)
+        around = composed(os.path.abspath(self._folder)).split(os.sep)
         found: dict[str, None] = {}
         for spelling in (name, unquote(name)):
             path = spelling.replace("\\", "/")
             parts = posixpath.normpath(path).split("/")
             below = os.path.relpath(os.path.join(os.path.abspath(self._folder), path), os.path.abspath(self._folder))
-            repeated = [k for k in range(1, len(parts)) if _normal("/".join(parts[:k])).split("/") == around[-k:]]
+            repeated = [k for k in range(1, len(parts)) if composed("/".join(parts[:k])).split("/") == around[-k:]]
             for rest in (below.split(os.sep), *(parts[k:] for k in repeated)):
                 found |= dict.fromkeys(self._spelt(rest))
         if len(found) > 1:
@@ -791,8 +786,8 @@ class _Files:
         if parent not in self._alike:
             self._alike[parent] = {}
             for there in self._names_in(parent):
-                self._alike[parent].setdefault(_normal(there), []).append(there)
-        return self._alike[parent].get(_normal(name), [])
+                self._alike[parent].setdefault(composed(there), []).append(there)
+        return self._alike[parent].get(composed(name), [])
 
     def _names_in(self, parent: str) -> set[str]:
         if parent not in self._names:
@@ -807,8 +802,3 @@ class _Files:
                     f"({reason}); mend that, or name another with --data.{self._argument}"
                 ) from None
         return self._names[parent]
-
-
-def _normal(text: str) -> str:
-    """The text with each letter and its accents as one character: systems differ in that."""
-    return unicodedata.normalize("NFC", text)

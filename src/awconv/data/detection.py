@@ -19,7 +19,7 @@ from awconv.data.coco import (
     Target,
     id_order,
     read_annotations,
-    refuse_repeated_names,
+    refuse_repeated,
     shown_categories,
 )
 from awconv.data.loading import GroupedSampler, MapDataset, TrainingSampler
@@ -182,7 +182,7 @@ class COCODataModule(BaseDataModule):
                     f"{annotations.source}: category {shown_categories([(root, categories.pop(root))])} left out: it "
                     "has no annotations, and is only the supercategory of all the others"
                 )
-            refuse_repeated_names(list(categories.values()), annotations.source)
+            refuse_repeated(list(categories.values()), "name of a category", annotations.source)
             self._known = (list(categories), list(categories.values()))
             self._source_of_categories = annotations.source
         return self._known

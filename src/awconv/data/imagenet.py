@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Container, Mapping
 from copy import deepcopy
@@ -22,6 +21,7 @@ from awconv.data.pictures import (
     EXTENSIONS_SHOWN,
     PassedOver,
     PictureDataset,
+    composed,
     find_pictures,
     has_image_extension,
     is_hidden,
@@ -92,7 +92,7 @@ class ImageNetDataModule(ClassificationDataModule):
         if decode_on_device:
             self._refuse_changes("decode_on_device", ImageNetDataModule, ("load", "collate"))
         if class_names is not None:
-            repeated = [name for name, count in Counter(map(_composed, class_names)).items() if count > 1]
+            repeated = [name for name, count in Counter(map(composed, class_names)).items() if count > 1]
             require(not repeated, "class_names", repeated, "each name once")
             require(len(class_names) > 1, "class_names", class_names, "at least two names")
         self.root = root
@@ -212,7 +212,7 @@ class ImageNetDataModule(ClassificationDataModule):
                 f"root={self.root!r}: expected {layout}, found no class folders in {folder}; "
                 "make one folder per class and put its pictures there"
             )
-        spellings = sorted((_composed(name), name) for name in classes)
+        spellings = sorted((composed(name), name) for name in classes)
         folders = {name: [own for _, own in group] for name, group in groupby(spellings, key=itemgetter(0))}
         return folders, passed_over
 
@@ -231,7 +231,7 @@ class ImageNetDataModule(ClassificationDataModule):
         return [name for name, own in folders.items() if any(find_pictures(self._below(split, one)) for one in own)]
 
     def _index_of_class(self, split: str, folders: Mapping[str, list[str]], names: list[str]) -> dict[str, int]:
-        index_of = {_composed(name): index for index, name in enumerate(names)}
+        index_of = {composed(name): index for index, name in enumerate(names)}
         by_folder = {folder: folder for folder in folders}
         # a folder of another kind is nobody's, if it holds no images
         titled = [folder for folder in folders if folder in index_of or re.fullmatch(r"n\d{8}", folder)]
@@ -250,11 +250,6 @@ class ImageNetDataModule(ClassificationDataModule):
             f"{self._below(split)}, found {' and '.join(details)}; correct the list, or leave it out to "
             "take the names from train/"
         )
-
-
-def _composed(name: str) -> str:
-    """The name in the spelling that compares: macOS and some archives take letters and their accents apart."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _readable(folders: list[str], known: Container[str] = ()) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import struct
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -90,6 +91,11 @@ class PassedOver:
             if counts
         ]
         return " and ".join(parts)
+
+
+def composed(name: str) -> str:
+    """The name in the spelling that compares: macOS and some archives take letters and their accents apart."""
+    return unicodedata.normalize("NFC", name)
 
 
 def shown(names: Sequence[str], most: int = 3) -> list[str]:
