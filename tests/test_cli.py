@@ -289,6 +289,8 @@ def test_test_after_fit_without_a_best(cli, tmp_path):
         ["--trainer.logger.save_dir={tmp}/logs"],
         ["--trainer.callbacks+=TQDMProgressBar", "--trainer.enable_progress_bar=true"],
         ["--trainer.callbacks+=ModelCheckpoint"],
+        ["--trainer.callbacks+=BatchSizeFinder", "--trainer.callbacks.max_trials=1", "--trainer.callbacks.init_val=8"],
+        ["--trainer.callbacks+=LearningRateFinder", "--trainer.callbacks.num_training_steps=4"],
         ["--trainer.callbacks+=awconv.callbacks.ClassificationReport", "--trainer.callbacks.max_pictures=3"],
         ["--trainer.enable_checkpointing=false"],
         ["--trainer.enable_progress_bar=true"],

@@ -230,6 +230,13 @@ def test_a_metric_that_nobody_measures_is_refused_without_a_sanity_check_too(tmp
         run(Scripted([0.0] * 17, "val/acc1"), tmp_path, "val/loss", num_sanity_val_steps=0)
 
 
+def test_a_tuner_that_restores_what_it_has_saved_is_no_resumed_run(tmp_path):
+    values = [0.0] * 4 + [0.5] * 4 + [0.3] * 9
+    finder = LearningRateFinder(num_training_steps=6, early_stop_threshold=None)
+    best = run(Scripted(values, "val/acc1"), tmp_path, None, callbacks=[finder])
+    assert (best.best_step, float(best.best_model_score)) == (4, 0.5)
+
+
 def test_a_tuner_in_a_resumed_run_is_refused(tmp_path):
     """Lightning would forget the checkpoint over it, and train from the first step again."""
     run(Scripted([0.0] * 17, "val/acc1"), tmp_path, None)

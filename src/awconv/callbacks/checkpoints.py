@@ -194,7 +194,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes over the best of the run that is resumed, value and file."""
-        if trainer.state.fn != "fit" or trainer.ckpt_path is None:  # a tuner restores what it has saved
+        of_tuner = Path(str(trainer.ckpt_path)).name.startswith((".lr_find_", ".scale_batch_size_"))
+        if trainer.state.fn != "fit" or of_tuner:  # which restores what it has saved before its trials
             return
         finder = next((c for c in trainer.callbacks if isinstance(c, LearningRateFinder | BatchSizeFinder)), None)  # type: ignore[attr-defined]
         if finder is not None:
