@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 SHORT = [
     "--trainer.accelerator=cpu",
@@ -151,6 +152,19 @@ class Faulty(L.Callback):
 def test_a_bug_of_a_fork_keeps_its_traceback(cli, tmp_path):
     with pytest.raises(ValueError, match="a bug of a fork"):
         cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}", *callback("test_cli_messages.Faulty"))
+
+
+class LogsTooLate(L.Callback):
+    """A fork's callback with a bug that Lightning calls a misconfiguration."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("late", 1.0)
+
+
+def test_so_does_one_that_lightning_calls_a_misconfiguration(cli, tmp_path):
+    late = callback("test_cli_messages.LogsTooLate")
+    with pytest.raises(MisconfigurationException, match="on_train_end"):
+        cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}", *late)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,6 @@ from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import (
     construct,
-    has_foreign_frames,
     refused_by_library,
     require_one_accumulation,
     require_sensible_numbers,
@@ -270,8 +269,11 @@ class AWConvCLI(LightningCLI):
                 print(f"to go on: python lightning_cli.py fit --resume {shlex.quote(self.run_dir)}", file=sys.stderr)
             raise
         except Exception as error:
-            said = None if isinstance(error, MisconfigurationException) else bad_input(error)
-            said = said or refused_by_library(error) or (None if has_foreign_frames(error) else bad_input(error))
+            # a misconfiguration says less than who was misconfigured
+            explanations = [bad_input, refused_by_library]
+            if isinstance(error, MisconfigurationException):
+                explanations.reverse()
+            said = explanations[0](error) or explanations[1](error)
             if not said:
                 raise
             if self.trainer.is_global_zero and self._folder_is_new:

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import awconv.data
 import awconv.tasks
 from awconv.cli.arguments import LINKED, SUBCOMMANDS
+from awconv.cli.checks import has_foreign_frames
 from awconv.errors import InputError
 
 # a full disk, a quota, a limit on the size of files, a file system that cannot be written to
@@ -149,7 +150,7 @@ def bad_input(error: BaseException) -> str | None:
     if isinstance(error, InputError):
         return text
     if isinstance(error, MisconfigurationException):
-        return text
+        return None if has_foreign_frames(error) else text
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", text)
     ):
