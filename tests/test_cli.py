@@ -493,6 +493,8 @@ BAD_ARGUMENTS = [
     (["fit", "--model.channels_last=0"], ["expected bool; give false"]),
     (["fit", "--model.ema_decay=none"], ["expected float or null; give null"]),
     (["fit", "--model.milestones=(1.0, 2)"], ["give [1, 2]"]),
+    (["fit", "--model.milestones=3"], ["list[int] or null; give [3]"]),
+    (["fit", "--data.mean=0.5"], ["list[float] or null; give [0.5]"]),
     (["fit", "--model.lr=0,1"], ["expected float; give 0.1"]),
     (["fit", "--model.milestones=[a]"], ["milestones=\"['a']\"", "list[int] or null"]),
     (["fit", "--trainer.precision=17"], ["trainer.precision='17'", "'bf16-mixed'"]),

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from awconv.data import COCODataModule
 from awconv.tasks import DetectionTask
 from miniature import COCO_CATEGORIES
+from refusals import refused
 
 DETECTOR = ["-c", "configs/recipes/coco_1x.yaml", "-c", "configs/models/aw_faster_rcnn_resnet18_small.yaml"]
 SHORT = [
@@ -46,16 +47,6 @@ def edit(path: Path, change) -> None:
     content = json.loads(path.read_text())
     content = change(content) or content
     path.write_text(json.dumps(content))
-
-
-def refused(result: tuple[int, str, str], *words: str) -> None:
-    code, _, err = result
-    assert code == 2, err
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in lines[0]
 
 
 def without(key: str):

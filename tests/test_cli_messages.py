@@ -7,6 +7,8 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from refusals import refused
+
 SHORT = [
     "--trainer.accelerator=cpu",
     "--trainer.max_epochs=1",
@@ -21,14 +23,6 @@ SHORT = [
 
 def callback(name: str, **options: object) -> list[str]:
     return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{key}={value}" for key, value in options.items())]
-
-
-def refused(result: tuple[int, str, str], *says: str) -> None:
-    code, out, err = result
-    assert code == 2, (out, err)
-    assert "Traceback" not in out + err
-    (said,) = (line for line in err.splitlines() if line.startswith("error: "))
-    assert [part for part in says if part not in said] == [], said
 
 
 @pytest.mark.parametrize(

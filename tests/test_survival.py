@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from awconv.cli import main
+from refusals import refused
 
 PROJECT = Path(__file__).parents[1]
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -342,15 +343,6 @@ def test_numbers_out_of_range(fit, option, says):
 # ---- out of room, damaged, or nothing to do ----------------------------------------------------------------------
 
 
-def one_line(result: tuple[int, str, str], *words: str) -> None:
-    code, _, err = result
-    assert code == 2, err
-    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in err
-    for word in words:
-        assert word in line
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path, monkeypatch):
     """A limit on the size of files is as real as a full disk, and needs no disk to be filled."""
     run = tmp_path / "run"
@@ -362,7 +354,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fit, tmp_path, monkeypatch):
         result = fit("--trainer.max_epochs=2", resume=run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    one_line(result, str(run / "checkpoints/last.ckpt"), "could not be written (File too large)", "untouched")
+    refused(result, str(run / "checkpoints/last.ckpt"), "could not be written (File too large)", "untouched")
     assert (run / "checkpoints/last.ckpt").read_bytes() == before
     assert {path.suffix for path in (run / "checkpoints").iterdir()} == {".ckpt"}
     code, _, err = fit("--trainer.max_epochs=2", resume=run)
@@ -374,7 +366,7 @@ def test_a_disk_that_is_full_for_metrics(fit, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/metrics.csv")
 
     monkeypatch.setattr("lightning.pytorch.loggers.csv_logs.ExperimentWriter.save", full)
-    one_line(fit(), "runs/metrics.csv could not be written (No space left on device)")
+    refused(fit(), "runs/metrics.csv could not be written (No space left on device)")
 
 
 def test_a_truncated_checkpoint_is_refused_and_the_one_before_offered(fit, tmp_path):
@@ -383,8 +375,8 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_offered(fit, tmp_p
     last, previous = run / "checkpoints/last.ckpt", run / "checkpoints/previous.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])
     step = torch.load(previous, weights_only=True)["global_step"]
-    one_line(fit(resume=run), str(last), "damaged", f"the one before it, of step {step}, is whole: give {previous}")
-    one_line(fit(f"--ckpt_path={last}"), "damaged", f"give {previous}")
+    refused(fit(resume=run), str(last), "damaged", f"the one before it, of step {step}, is whole: give {previous}")
+    refused(fit(f"--ckpt_path={last}"), "damaged", f"give {previous}")
     code, _, err = fit("--trainer.max_epochs=2", resume=previous)
     assert code == 0, err
     assert torch.load(last, weights_only=True)["global_step"] == 12
@@ -422,14 +414,14 @@ def test_a_resumed_run_keeps_its_folder_and_its_metrics(fit, tmp_path):
 
 
 def test_what_cannot_be_resumed(cli, fit, tmp_path):
-    one_line(fit(resume=tmp_path / "none"), "none' does not exist")
+    refused(fit(resume=tmp_path / "none"), "none' does not exist")
     (tmp_path / "empty").mkdir()
-    one_line(fit(resume=tmp_path / "empty"), "holds no checkpoint, and is not of a fit")
+    refused(fit(resume=tmp_path / "empty"), "holds no checkpoint, and is not of a fit")
     assert fit("--trainer.max_epochs=1")[0] == 0
     run = tmp_path / "run"
-    one_line(cli("test", f"--resume={run}"), "by fit")
-    one_line(fit(f"--ckpt_path={run / 'checkpoints/last.ckpt'}", resume=run), "without ckpt_path")
-    one_line(cli("fit", *CLASSIFICATION, f"--run_dir={run}"), "is not empty", "--resume")
+    refused(cli("test", f"--resume={run}"), "by fit")
+    refused(fit(f"--ckpt_path={run / 'checkpoints/last.ckpt'}", resume=run), "without ckpt_path")
+    refused(cli("fit", *CLASSIFICATION, f"--run_dir={run}"), "is not empty", "--resume")
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
@@ -461,9 +453,9 @@ def test_what_is_refused_leaves_the_run_as_it_is(cli, fit, tmp_path):
     run = tmp_path / "run"
     assert fit("--trainer.max_epochs=1")[0] == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    one_line(cli("fit", *CLASSIFICATION, f"--checkpoint.dirpath={run / 'checkpoints'}",
+    refused(cli("fit", *CLASSIFICATION, f"--checkpoint.dirpath={run / 'checkpoints'}",
                  f"--run_dir={tmp_path / 'other'}"), "of another run")  # fmt: skip
-    one_line(fit("--model.optimizer=sgd", "--trainer.max_epochs=2", resume=run), "optimizer")
+    refused(fit("--model.optimizer=sgd", "--trainer.max_epochs=2", resume=run), "optimizer")
     assert {path: path.read_bytes() for path in before if path.name != "config.yaml"} == {
         path: content for path, content in before.items() if path.name != "config.yaml"
     }
@@ -483,7 +475,7 @@ def test_a_run_that_never_began_keeps_its_config_when_resuming_is_refused(fit, t
     assert fit("--trainer.max_epochs=1")[0] == 0
     for path in [path for path in run.rglob("*") if path.is_file() and path.name != "config.yaml"]:
         path.unlink()
-    one_line(fit("--checkpoint.monitor=val/nothing", resume=run), "val/nothing")
+    refused(fit("--checkpoint.monitor=val/nothing", resume=run), "val/nothing")
     assert (run / "config.yaml").is_file()
     code, _, err = fit("--checkpoint.monitor=val/acc1", resume=run)
     assert code == 0, err
@@ -495,13 +487,13 @@ def test_only_a_fit_begins_again(cli, fit, tmp_path):
     checkpoint = tmp_path / "run/checkpoints/last.ckpt"
     code, _, err = cli("test", f"--ckpt_path={checkpoint}", f"--run_dir={tested}", *QUIET)
     assert code == 0, err
-    one_line(fit(resume=tested), "holds no checkpoint, and is not of a fit")
+    refused(fit(resume=tested), "holds no checkpoint, and is not of a fit")
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": torch.load(checkpoint, weights_only=True)["state_dict"]}, foreign)
-    one_line(fit(resume=foreign), "lies in no run's folder")
+    refused(fit(resume=foreign), "lies in no run's folder")
     configs = ["-c", "configs/recipes/digits.yaml", "-c", "configs/models/aw_resnet20.yaml"]
     result = cli("fit", *configs, *CLASSIFICATION, f"--ckpt_path={foreign}", f"--run_dir={tmp_path / 'new'}")
-    one_line(result, "not the state of a run", "--model.initial_weights")
+    refused(result, "not the state of a run", "--model.initial_weights")
 
 
 @pytest.mark.parametrize("content", ["", "epoch,step,train/loss\n0,0,1.5\n0,1,1.25\n0,1"], ids=["empty", "torn"])

@@ -204,7 +204,7 @@ class BestCheckpoint(ModelCheckpoint):
                 "weights with model.initial_weights"
             )
         source, here = Path(str(trainer.ckpt_path)), Path(self.dirpath or "", BEST)
-        in_place = os.path.realpath(source.parent) == os.path.realpath(here.parent)
+        in_place = _is_same(source.parent, here.parent)
         if not in_place:
             self._refuse_those_of_another_run()
         self._resumed = True
@@ -234,7 +234,7 @@ class BestCheckpoint(ModelCheckpoint):
         for path, best in candidates.items():
             if self._beats(best.score, candidates[chosen].score):
                 chosen = path
-        if os.path.realpath(chosen) != os.path.realpath(here):
+        if not _is_same(chosen, here):
             _copy(str(chosen), str(here))
         trainer.strategy.barrier()
         self.best_model_path = str(here)
@@ -314,25 +314,28 @@ def _not_measured(name: str, monitor: str, trainer: L.Trainer) -> InputError:
 
 def _check_monitors(trainer: L.Trainer) -> None:
     """Refuses callbacks that would follow a metric in the wrong direction, or write over this project's files."""
-    kept = {BEST, LAST, PREVIOUS}
-    folder = next(c.dirpath for c in trainer.callbacks if isinstance(c, BestCheckpoint))  # type: ignore[attr-defined]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        name = _called(callback)
-        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    folder = next(c.dirpath for c in callbacks if isinstance(c, BestCheckpoint))
+    for callback in callbacks:
         if isinstance(callback, BestCheckpoint):
             continue
+        name = _called(callback)
+        monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         # Lightning's default is min; the other way round somebody has typed it
         if mode == "min" and isinstance(monitor, str) and direction(monitor) == "max":
             raise InputError(f"{name}.mode='min': a higher {monitor} is better; give mode max")
-        if isinstance(callback, ModelCheckpoint) and os.path.realpath(callback.dirpath or "") == os.path.realpath(
-            folder or ""
-        ):
+        if isinstance(callback, ModelCheckpoint) and _is_same(callback.dirpath or "", folder or ""):
             if callback.save_last:
                 raise InputError(f"{name}.save_last={callback.save_last}: {LAST} is kept anyway; leave save_last out")
-            if f"{callback.filename}.ckpt" in kept:
+            if f"{callback.filename}.ckpt" in (BEST, LAST, PREVIOUS):
                 raise InputError(
                     f"{name}.filename={callback.filename!r}: the run writes that file itself; give another"
                 )
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    """Whether two paths lead to one place, be it there or not."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 class Preempted(SystemExit):
@@ -404,7 +407,7 @@ class LastCheckpoint(Checkpoint):
         self._step, self._time = trainer.global_step, time.monotonic()
         # one that nobody has read may be damaged, or of a later step than the one that the run goes on from
         resumed = Path(str(trainer.ckpt_path))
-        in_place = os.path.realpath(resumed.parent) == os.path.realpath(str(self.dirpath))
+        in_place = _is_same(resumed.parent, str(self.dirpath))
         self._newest = (resumed, trainer.global_step) if in_place and resumed.is_file() else None
         if self._newest is not None and resumed.name not in (LAST, PREVIOUS):
             # it may be replaced before last.ckpt is

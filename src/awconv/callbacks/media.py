@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from awconv.callbacks.canvas import DPI, one_warning_about_glyphs
-from awconv.callbacks.run_files import whole
+from awconv.callbacks.run_files import folder_of, whole
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -37,7 +36,7 @@ def publish(
         wandb_objects: by name, what makes objects for W&B (``wandb.Table``, ``wandb.Histogram``, ...); called only
             where a W&B logger is.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = folder_of(trainer)
     if not trainer.is_global_zero or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
         return
     runs = [run for logger in trainer.loggers if (run := _wandb_run(logger)) is not None]

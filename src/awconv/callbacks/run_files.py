@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 Files = dict[str, tuple[str, Callable[[Path], None]]]
 
 
+def folder_of(trainer: pl.Trainer) -> Path:
+    """The run's folder; a collective."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
 class RunFiles(Callback):
     """What the reports share: a callback that writes into the run's folder and prints the paths at the end.
 
@@ -51,7 +56,7 @@ class RunFiles(Callback):
             files: file name to what it is and the function that writes it, or makes a folder, at a given path.
             remarks: lines to print above the paths.
         """
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = folder_of(trainer)
         if not trainer.is_global_zero:
             return
         if getattr(trainer, "fast_dev_run", False):
@@ -61,8 +66,7 @@ class RunFiles(Callback):
             return
         folder.mkdir(parents=True, exist_ok=True)
         for number in count(1):
-            suffix = f"_{number}" if number > 1 else ""
-            paths = [folder / f"{Path(name).stem}{suffix}{Path(name).suffix}" for name in files]
+            paths = [folder / _numbered(name, number) for name in files]
             if all(path in self._written or not path.exists() for path in paths):
                 break
         self._announcements += remarks
@@ -111,7 +115,7 @@ class PredictionFiles(RunFiles):
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets what an earlier, perhaps interrupted, prediction left."""
         self._predicted, self._skipped = [], []
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
+        folder = folder_of(trainer)
         self._partial = None if getattr(trainer, "fast_dev_run", False) else _Partial(folder, trainer.global_rank)
 
     def on_predict_batch_end(
@@ -183,11 +187,10 @@ class _Partial:
         self._file.flush()
 
     def _new(self) -> IO[str]:
-        of_rank = f".{self._rank}" if self._rank else ""
+        name = f"predictions.partial{f'.{self._rank}' if self._rank else ''}.jsonl"
         for number in count(1):
-            suffix = f"_{number}" if number > 1 else ""
             try:  # a prediction that was interrupted may have left one
-                return (self._folder / f"predictions.partial{of_rank}{suffix}.jsonl").open("x", encoding="ascii")
+                return (self._folder / _numbered(name, number)).open("x", encoding="ascii")
             except FileExistsError:
                 continue
         raise AssertionError
@@ -202,6 +205,12 @@ class _Partial:
         if self._file is not None:
             self._file.close()
             Path(self._file.name).unlink(missing_ok=True)
+
+
+def _numbered(name: str, number: int) -> str:
+    """The name of a file where others of it may be there already; the first one has no number."""
+    path = Path(name)
+    return name if number == 1 else f"{path.stem}_{number}{path.suffix}"
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import Logger
 
 from awconv.errors import InputError, is_number
+from awconv.tasks.schedule import accumulation_scheduler
 
 # where an exception comes from the options and not from a bug of this project or of a fork
 _LIBRARIES = {
@@ -76,8 +76,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 def require_one_accumulation(trainer: L.Trainer) -> None:
     """Refuses two answers to how many batches make a step."""
     given = trainer.accumulate_grad_batches
-    schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    if given != 1 and any(scheduler.going_to_accumulate_grad_batches() for scheduler in schedulers):
+    scheduler = accumulation_scheduler(trainer)
+    if given != 1 and scheduler is not None and scheduler.going_to_accumulate_grad_batches():
         raise InputError(
             f"trainer.accumulate_grad_batches={given}: GradientAccumulationScheduler sets it from epoch to epoch; "
             "leave one of the two out"

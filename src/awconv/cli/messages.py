@@ -68,18 +68,15 @@ def _spelled(value: str, types: str) -> str:
     text = value.strip()
     if "null" in types and text.lower() in ("none", "null", "nil", ""):
         return "; give null"
-    with suppress(ValueError, OverflowError):
-        if "int" in types and float(text).is_integer():
-            return f"; give {int(float(text))}"
+    if re.search(r"(?<!\[)int", types):
+        with suppress(ValueError, OverflowError):
+            return f"; give {_whole(text)}"
     if "bool" in types and text.lower() in ("1", "0", "y", "n", "t", "f", "1.0", "0.0"):
         return f"; give {'true' if text.lower() in ('1', 'y', 't', '1.0') else 'false'}"
-    items = text.strip("()[]").split(",")
-    if "list[int]" in types:
-        with suppress(ValueError, OverflowError):
-            return f"; give {[_whole(item) for item in items]}"
-    if "list[float]" in types:
-        with suppress(ValueError):
-            return f"; give {[float(item) for item in items]}"
+    for kind, read in (("list[int]", _whole), ("list[float]", float)):
+        if kind in types:
+            with suppress(ValueError, OverflowError):
+                return f"; give {[read(item) for item in text.strip('()[]').split(',')]}"
     if re.search(r"float(?! or int)", types) and re.fullmatch(r"[-+]?\d+,\d+", text):
         return f"; give {text.replace(',', '.')}"
     if "str" in types:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from awconv.data.base import Transform
-from awconv.data.pictures import Head, composed, read_heads, read_or_next, read_picture
+from awconv.data.pictures import Head, composed, read_heads, read_or_next, read_picture, shown
 from awconv.errors import InputError, is_number, require
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -277,10 +277,9 @@ class COCOAnnotations:
         )
 
 
-def shown_categories(categories: Sequence[tuple[CategoryId, str]], most: int = 3) -> str:
+def shown_categories(categories: Sequence[tuple[CategoryId, str]]) -> str:
     """Names and ids of categories for a message, of many the first ones."""
-    shown = [f"{name!r} (id {number!r})" for number, name in categories[:most]]
-    return ", ".join(shown if len(categories) <= most else [*shown, f"... ({len(categories)} in all)"])
+    return ", ".join(shown([f"{name!r} (id {number!r})" for number, name in categories]))
 
 
 def turn_boxes(boxes: Array, orientation: int, sizes: Array) -> Array:

@@ -202,10 +202,8 @@ class COCODataModule(BaseDataModule):
                 f"{annotations.source}: expected images, annotations and categories, and there are no annotations; "
                 "choose another file, or give this one as test_annotations"
             )
-        # before the pictures are looked at, and so both first
         category_ids, class_names = self.category_ids, self.class_names
-        annotations.for_categories(category_ids, class_names, self._source_of_categories)
-        checked = self._with_pictures(split).for_categories(category_ids, class_names, self._source_of_categories)
+        checked = self._with_pictures(split)
         boxes = int((checked.iscrowd == 0).sum())
         argument, value, *_ = self._arguments[split]
         source = f"{argument}={self._below_root(value)!r}"  # a file that serves two splits is called as it was first
@@ -252,7 +250,10 @@ class COCODataModule(BaseDataModule):
         annotations, folder = self._annotations(split), self._below_root(value)
         key = (annotations.source, folder, self._skips_bad(split))
         if key not in self._checked:
-            checked = annotations.check_pictures(folder, argument, self._remedy(argument), self._skips_bad(split))
+            # in the order in which they are, so that the pictures are looked at last
+            category_ids, class_names = self._categories()
+            numbered = annotations.for_categories(category_ids, class_names, self._source_of_categories)
+            checked = numbered.check_pictures(folder, argument, self._remedy(argument), self._skips_bad(split))
             for note in checked.notes:
                 rank_zero_info(f"{annotations.source}: {note}")
             self._checked[key] = checked

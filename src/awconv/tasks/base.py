@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from awconv.errors import InputError
 from awconv.models import WeightsReport, describe_mismatch
-from awconv.tasks.schedule import Schedule, Timeline
+from awconv.tasks.schedule import Schedule, accumulation_scheduler
 
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
     name.lower(): value
@@ -352,11 +352,10 @@ class BaseTask(L.LightningModule):
         epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current
         begun = epochs.processed < epochs.ready and not math.isinf(self.trainer.num_training_batches)
         part = batches.ready / max(self.trainer.num_training_batches, 1) if begun else 0
-        accumulated = self.trainer.accumulate_grad_batches
         return {
             "epochs": epochs.processed + part,
             "batches": self.trainer.num_training_batches,
-            "accumulated": accumulated,
+            "accumulated": self.trainer.accumulate_grad_batches,
         }
 
     def on_fit_start(self) -> None:
@@ -368,21 +367,20 @@ class BaseTask(L.LightningModule):
         """Takes over what has changed since the optimiser was built, and says what the learning rate is for."""
         if not self._fit_has_begun:
             return
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
-                # it does so at the start of every epoch but the one inside which a run is resumed
-                accumulated = callback.get_accumulate_grad_batches(self.current_epoch)
-                self.trainer.accumulate_grad_batches = accumulated
+        if (changing := accumulation_scheduler(self.trainer)) is not None:
+            # it does so at the start of every epoch but the one inside which a run is resumed
+            self.trainer.accumulate_grad_batches = changing.get_accumulate_grad_batches(self.current_epoch)
         schedule = self.lr_schedulers()
         if isinstance(schedule, Schedule):
             schedule.follow(self.trainer)
-            self._find_place(schedule, schedule.timeline)
+            self._find_place(schedule)
             schedule.apply()
         self._say_global_batch()
 
-    def _find_place(self, schedule: Schedule, timeline: Timeline) -> None:
+    def _find_place(self, schedule: Schedule) -> None:
         """Moves the schedule of a resumed run to where the run is, if its epochs have another number of steps now."""
         at, self._resumed_from = self._resumed_from, None
+        timeline = schedule.timeline
         if at is None or timeline.ends_by_steps or math.isinf(at["batches"]):
             return
         if (at["batches"], at["accumulated"]) != (timeline.batches, timeline.accumulated(int(at["epochs"]))):

@@ -15,6 +15,12 @@ from awconv.errors import InputError
 _FIRST, _LAST, _MOMENTUM = 25.0, 1e4, (0.85, 0.95)
 
 
+def accumulation_scheduler(trainer: L.Trainer) -> GradientAccumulationScheduler | None:
+    """Finds the callback that changes from epoch to epoch how many batches make a step."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+
+
 class Timeline:
     """Where the epochs of a run begin, counted in optimiser steps.
 
@@ -32,9 +38,7 @@ class Timeline:
         if trainer.train_dataloader is None:
             trainer.fit_loop.setup_data()
         self.batches: float = trainer.num_training_batches
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        changing = next((c for c in callbacks if isinstance(c, GradientAccumulationScheduler)), None)
-        self._changing, self._accumulated = changing, trainer.accumulate_grad_batches
+        self._changing, self._accumulated = accumulation_scheduler(trainer), trainer.accumulate_grad_batches
         epochs, steps = trainer.max_epochs, trainer.max_steps
         endless = epochs in (-1, None) or math.isinf(self.batches)
         if endless and steps == -1:
