@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRat
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from awconv.callbacks.run_files import whole
 from awconv.errors import InputError, require_int, require_number
+from awconv.files import atomic_write
 
 BEST, LAST, PREVIOUS, CONFIG = "best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml"
 # Windows has no SIGUSR1
@@ -498,7 +498,7 @@ class CheckpointFiles(TorchCheckpointIO):
         torch.save(checkpoint, content)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with whole(Path(path)) as temporary, temporary.open("wb") as file:
+            with atomic_write(Path(path)) as temporary, temporary.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
@@ -628,7 +628,7 @@ def _validates_after(trainer: L.Trainer, batch_idx: int) -> bool:
 
 def _keep_as(path: Path, name: Path) -> None:
     """Gives a file a second name, so that it stays when the first is given to another; one that is gone has none."""
-    with suppress(FileNotFoundError), whole(name) as temporary:
+    with suppress(FileNotFoundError), atomic_write(name) as temporary:
         try:
             os.link(path, temporary)
         except FileNotFoundError:  # somebody has moved it away
@@ -640,5 +640,5 @@ def _keep_as(path: Path, name: Path) -> None:
 @rank_zero_only
 def _copy(old: str, new: str) -> None:
     Path(new).parent.mkdir(parents=True, exist_ok=True)
-    with whole(Path(new)) as temporary:
+    with atomic_write(Path(new)) as temporary:
         shutil.copyfile(old, temporary)

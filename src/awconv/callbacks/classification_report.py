@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from awconv.callbacks.canvas import save_png
 from awconv.callbacks.classification_figures import draw_confusion_matrix, draw_contact_sheet
-from awconv.callbacks.run_files import Files, PredictionFiles, class_names_of, write_csv
+from awconv.callbacks.run_files import Files, PredictionFiles, class_names_of
 from awconv.errors import InputError
+from awconv.files import write_csv
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

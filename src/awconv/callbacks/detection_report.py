@@ -30,9 +30,10 @@ from awconv.callbacks.detection_figures import (
     draw_detections,
     draw_precision_recall,
 )
-from awconv.callbacks.run_files import Files, PredictionFiles, class_names_of, gather, of_all, write_csv
+from awconv.callbacks.run_files import Files, PredictionFiles, class_names_of, gather, of_all
 from awconv.data.coco import COCODataset
 from awconv.errors import InputError, require_int, require_number
+from awconv.files import write_csv
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from awconv.callbacks.canvas import DPI, one_warning_about_glyphs
-from awconv.callbacks.run_files import folder_of, whole
+from awconv.callbacks.run_files import folder_of
+from awconv.files import atomic_write
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -45,7 +46,7 @@ def publish(
         pixels = _pixels(draw())
         path = folder / "media" / f"{name.replace('/', '_')}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             Image.fromarray(pixels).save(temporary, "PNG")
         if runs:
             import wandb

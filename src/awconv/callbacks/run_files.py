@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from awconv.data.pictures import Unreadable
 from awconv.errors import InputError
+from awconv.files import atomic_write, write_csv
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -71,7 +68,7 @@ class RunFiles(Callback):
                 break
         self._announcements += remarks
         for path, (label, write) in zip(paths, files.values(), strict=True):
-            with whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 write(temporary)
             self._written.add(path)
             shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
@@ -213,25 +210,6 @@ def _numbered(name: str, number: int) -> str:
     return name if number == 1 else f"{path.stem}_{number}{path.suffix}"
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Gives a temporary path, which takes the place of ``path`` when all went well, and leaves nothing otherwise.
-
-    A file or folder at ``path`` is replaced; whoever reads it meanwhile sees the one before.
-    """
-    # Hidden, and in the same folder: os.replace is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if path.is_dir():  # over which os.replace would not go
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-
-
 def gather(trainer: pl.Trainer, items: list[Any]) -> list[Any]:
     """All processes' items on the first one, in the order of the processes; nothing on the others.
 
@@ -268,12 +246,3 @@ def class_names_of(pl_module: pl.LightningModule, classes: int) -> list[str]:
             f"expected {classes}, one for each output of the model"
         )
     return [str(name) for name in names]
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Writes a CSV file in which undecodable file names come out as they went in."""
-    # surrogateescape: file names on Linux are bytes
-    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)

@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from awconv.callbacks import MetricsFile
 from awconv.callbacks.checkpoints import CONFIG, config_heading
-from awconv.callbacks.run_files import whole
 from awconv.cli import config_text
 from awconv.errors import InputError
+from awconv.files import atomic_write
 
 _WANDB_ID = "wandb_run_id"
 _SETTINGS = {CONFIG, "hparams.yaml"}
@@ -146,7 +146,7 @@ class RunRecorder(SaveConfigCallback):
                     self._write(_WANDB_ID, f"{logger.version}\n")
 
     def _write(self, name: str, text: str) -> None:
-        with whole(self._run_dir / name) as temporary:
+        with atomic_write(self._run_dir / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
