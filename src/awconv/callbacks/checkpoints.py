@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps, how they reach the disk whole, and how a run ends that is taken off its machine."""
 
+import copy
 import os
 import re
 import shutil
@@ -21,10 +22,11 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRat
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from awconv.checkpoint import BEST, LAST, PREVIOUS, read_checkpoint
 from awconv.errors import InputError, require_int, require_number
 from awconv.files import atomic_write
 
-BEST, LAST, PREVIOUS, CONFIG = "best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml"
+CONFIG = "config.yaml"
 # Windows has no SIGUSR1
 _PREEMPTIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -485,6 +487,17 @@ class LastCheckpoint(Checkpoint):
 class CheckpointFiles(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all: a full disk or a killed process leaves the one before it untouched."""
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint as :func:`awconv.checkpoint.read_checkpoint` does, unless told that it is no stranger's.
+
+        Raises:
+            InputError: If it is damaged or no checkpoint of a run.
+        """
+        if "://" in str(path) or weights_only is False:
+            return super().load_checkpoint(path, map_location, weights_only)
+        # the file may be replaced, or cut short, while its tensors are used
+        return copy.deepcopy(read_checkpoint(Path(path), "ckpt_path"))
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes ``checkpoint`` to ``path``, on the disk when it returns.
 
@@ -573,42 +586,6 @@ def _checkpoint_folders(run: Path) -> list[Path]:
 def config_heading(command: str) -> str:
     """The first line of a run's ``config.yaml``, by which one sees what made it."""
     return f"# everything that lightning_cli.py {command} was given, and all defaults\n"
-
-
-def read_checkpoint(path: Path, argument: str) -> Mapping[str, Any]:
-    """Reads a checkpoint as weights only, its tensors left on the disk.
-
-    Args:
-        path: The file.
-        argument: What named it, for messages.
-
-    Raises:
-        InputError: If it is damaged or no checkpoint of a run; the message names the one before it if that is whole.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler, the zip reader and the file system each raise their own kinds
-        raise InputError(
-            f"{argument}={str(path)!r} is not a checkpoint that can be loaded as weights only "
-            f"({type(error).__name__}); it is damaged, another kind of file, or carries code, which is never run"
-            f"{_offer_the_one_before(path)}"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(
-            f"{argument}={str(path)!r} is no checkpoint of a run; bare weights go into --model.initial_weights"
-        )
-    return checkpoint
-
-
-def _offer_the_one_before(path: Path) -> str:
-    before = path.with_name(PREVIOUS)
-    if path.name != LAST or not before.is_file():
-        return ""
-    try:
-        step = torch.load(before, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception:  # damaged as well
-        return ""
-    return f"; the one before it, of step {step}, is whole: give {before}"
 
 
 def _flush(trainer: L.Trainer) -> None:

@@ -31,8 +31,8 @@ from awconv.callbacks import (
     Preempted,
     TrainingMonitor,
 )
-from awconv.callbacks.checkpoints import LAST, read_checkpoint
 from awconv.callbacks.wandb_run import describe_runs
+from awconv.checkpoint import LAST, read_checkpoint
 from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import (
@@ -115,6 +115,12 @@ class AWConvCLI(LightningCLI):
         )
         parser.add_argument(
             "--resume", type=str | None, help="Folder of a run that is to go on there, or a checkpoint in it; for fit."
+        )
+        parser.add_argument(
+            "--trust_checkpoint_config",
+            type=bool,
+            default=False,
+            help="Take loggers, callbacks, paths and classes from the config of a checkpoint; see SECURITY.md.",
         )
         # everywhere, so that the config of a run can be given to every command
         parser.add_argument(

@@ -4,18 +4,19 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from importlib.resources import files
 from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import yaml
 
 from awconv.callbacks import BestCheckpoint
-from awconv.callbacks.checkpoints import direction, find_newest, find_run, read_checkpoint
+from awconv.callbacks.checkpoints import direction, find_newest, find_run
+from awconv.checkpoint import foreign_code, read_checkpoint
 from awconv.cli import config_text
 from awconv.errors import InputError
 
@@ -28,8 +29,10 @@ def complete(args: list[str]) -> list[str]:
     """Puts the base config and the configs before the flags, and names the checkpoint file that is meant.
 
     The base is the config that the checkpoint carries where ``--ckpt_path`` or ``--resume`` is given, else the embedded
-    default where no config names a model or data. All of a checkpoint's config is the base of ``fit``, which goes on
-    with that run; its data, model and best metric are the base of the other commands.
+    default where no config names a model or data. A checkpoint's data and model are the base of every command, and for
+    ``fit`` what its trainer counts too. What acts beyond that (loggers, callbacks, plugins, ...), and classes that are
+    neither this project's nor beside its script, come from a checkpoint only by ``--resume``, which is for runs of
+    one's own, or after ``--trust_checkpoint_config true``.
 
     Args:
         args: The words after the program's name.
@@ -65,6 +68,9 @@ def complete(args: list[str]) -> list[str]:
             paths = [str(start), *paths]
             configs = [_read_config(start), *configs]
     asked += [] if asked else [str(c["ckpt_path"]) for c in configs if c.get("ckpt_path") is not None]
+    trust, _ = _split(flags, "--trust_checkpoint_config")
+    said = trust or [str(c["trust_checkpoint_config"]) for c in configs if "trust_checkpoint_config" in c]
+    believed = bool(resumed) or (bool(said) and said[-1].lower() == "true")
     base = checkpoint = None
     if asked and asked[-1] not in ("null", "None"):
         roots = [
@@ -73,7 +79,7 @@ def complete(args: list[str]) -> list[str]:
         roots += _split(flags, r"--trainer\.default_root_dir")[0]
         checkpoint = _resolve_checkpoint(asked[-1], Path(roots[-1] if roots else "runs"))
         flags.append(f"--ckpt_path={checkpoint}")
-        base = _checkpoint_config(checkpoint, subcommand, has_config=bool(configs))
+        base = _checkpoint_config(checkpoint, subcommand, _Typed(configs, flags, believed))
     elif not any(_names_a_class(config) for config in configs):
         base = files("awconv.cli").joinpath("default.yaml").read_text(encoding="utf-8")
     ordered = [base, *paths] if base else paths
@@ -100,6 +106,20 @@ def count_in_whole_numbers(function: Callable[..., Any]) -> None:
             kinds.remove(int)
             kinds.insert(kinds.index(float), int)
             annotations[name] = reduce(or_, kinds)
+
+
+class _Typed(NamedTuple):
+    """What was typed, and whether the checkpoint's config is believed like it."""
+
+    configs: list[dict[str, Any]]
+    flags: list[str]
+    believed: bool
+
+    def texts(self) -> Iterator[str]:
+        """All values that were typed."""
+        yield from _texts(self.configs)
+        for flag in self.flags:
+            yield flag.partition("=")[2] or flag
 
 
 def _names_a_class(config: dict[str, Any]) -> bool:
@@ -179,11 +199,12 @@ def _resolve_checkpoint(value: str, root: Path) -> Path:
     return path
 
 
-def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | None:
+def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None:
+    """Gives what a checkpoint's config says, as far as it may say it, as the base of what was typed."""
     checkpoint = read_checkpoint(path, "ckpt_path")
     config = checkpoint.get("config")
     if config is None:
-        if has_config:
+        if typed.configs:
             return None
         raise InputError(f"ckpt_path={str(path)!r} carries no config; give with -c the configs it was trained with")
     if subcommand == "fit":
@@ -193,6 +214,8 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
             known.discard("mode")  # which nobody needed to give
         config["checkpoint"] = {key: value for key, value in (config.get("checkpoint") or {}).items() if key in known}
         _keep_what_was_found(config, checkpoint)
+        if not typed.believed:
+            config = _without_what_acts(config, path)
     else:
         config = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
     model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
@@ -200,11 +223,80 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
         data["on_bad_image"] = None  # version 0.1.0 had no other default
     if "initial_weights" in model:
         model["initial_weights"] = None  # they are in the checkpoint
+    if not typed.believed:
+        _refuse_foreign_code(config, path, typed)
+        if "download" in data:
+            data["download"] = False  # into a folder that the checkpoint names
     for name in ("class_names", "category_ids"):
         if name in data:
             # the classes that the network knows: pictures can be predicted where the data set itself is not
             data[name] = checkpoint.get("hyper_parameters", {}).get(name)
     return config_text.dump(config)
+
+
+# what a trainer is told by a checkpoint that nobody vouches for: numbers and switches, and of texts these
+_TEXTS_OF_TRAINER = ("accelerator", "devices", "precision", "gradient_clip_algorithm", "deterministic", "max_time")
+_ACTING = ("logger", "callbacks", "plugins", "strategy", "profiler", "model_registry", "default_root_dir")
+_SECTIONS = ("seed_everything", "trainer", "checkpoint", "last_checkpoint", "test_after_fit", "data", "model")
+
+
+def _without_what_acts(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Leaves out of a checkpoint's config what acts beyond training: who is called, where things are sent or written.
+
+    Those are loggers, callbacks, plugins, strategy, profiler, and folders that are written to. A line says what was
+    left out and differs from what a run has anyway.
+    """
+    trainer = config.get("trainer") or {}
+    kept = {
+        name: value
+        for name, value in trainer.items()
+        if name not in _ACTING
+        and (value is None or isinstance(value, bool | int | float) or name in _TEXTS_OF_TRAINER)
+        and foreign_code(value) is None
+    }
+    sections = {name: config[name] for name in _SECTIONS if name in config}
+    for name in ("checkpoint", "last_checkpoint"):
+        sections[name] = {key: value for key, value in (sections.get(name) or {}).items() if key != "dirpath"}
+    left = {f"trainer.{name}": value for name, value in trainer.items() if name not in kept}
+    left |= {f"{name}.dirpath": (config.get(name) or {}).get("dirpath") for name in ("checkpoint", "last_checkpoint")}
+    left |= {str(name): value for name, value in config.items() if name not in _SECTIONS}
+    usual: list[Any] = [None, [], {}, False, "auto", "runs"]
+    if told := [name for name, value in left.items() if value not in usual and not _is_usual_logger(value)]:
+        print(
+            f"left out of the config of {path}: {', '.join(told)}; give again what you want of it, or believe the file "
+            "with --trust_checkpoint_config true",
+            file=sys.stderr,
+        )
+    return {**sections, "trainer": kept}
+
+
+def _is_usual_logger(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("class_path") == "awconv.callbacks.MetricsFile"
+
+
+def _refuse_foreign_code(config: dict[str, Any], path: Path, typed: _Typed) -> None:
+    believed = set(typed.texts())
+    for section in (config["data"], config["model"]):
+        if foreign := foreign_code(section, believed):
+            raise InputError(
+                f"ckpt_path={str(path)!r}: its config names {foreign[:200]}, which is neither of awconv nor beside "
+                "lightning_cli.py, and is not imported; where you trust the file, give --trust_checkpoint_config true"
+            )
+        for text in _texts(section):
+            # on Windows, to look there hands over the user's name and password's hash
+            if text.startswith(("\\\\", "//")) and text not in believed:
+                raise InputError(
+                    f"ckpt_path={str(path)!r}: its config names {text[:200]}, a folder of another machine; where you "
+                    "trust the file, give --trust_checkpoint_config true"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
 
 
 def _keep_what_was_found(config: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:

@@ -126,7 +126,7 @@ class RunRecorder(SaveConfigCallback):
     """
 
     # what belongs to one call of one command, and would be refused or misunderstood by the next
-    _NOT_KEPT = ("ckpt_path", "resume", "run_dir", "verbose", "return_predictions")
+    _NOT_KEPT = ("ckpt_path", "resume", "run_dir", "trust_checkpoint_config", "verbose", "return_predictions")
 
     def __init__(self, parser: LightningArgumentParser, config: Any, *, run_dir: str, command: str, typed: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False)

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from awconv.checkpoint import ChecksCheckpoint
 from awconv.data.encoded import DecodingLoader, EncodedPictures
 from awconv.data.loading import (
     EvaluationSampler,
@@ -38,7 +39,7 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
 }
 
 
-class BaseDataModule(LightningDataModule):
+class BaseDataModule(ChecksCheckpoint, LightningDataModule):
     """Base class of the data modules of every task; start from the one of your task.
 
     A task's base class supplies :meth:`load_split`, :meth:`predict_transform` and :meth:`collate`; its data sets

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from awconv.checkpoint import ChecksCheckpoint
 from awconv.errors import InputError
 from awconv.models import WeightsReport, describe_mismatch
 from awconv.tasks.schedule import Schedule, accumulation_scheduler
@@ -30,7 +31,7 @@ _OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-class BaseTask(L.LightningModule):
+class BaseTask(ChecksCheckpoint, L.LightningModule):
     """A ``network`` with its optimiser, learning-rate schedule, EMA and compilation, all from plain arguments.
 
     A subclass calls ``super().__init__(**kwargs)``, hands its network to :meth:`set_network`, and writes its steps. All
