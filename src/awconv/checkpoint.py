@@ -71,8 +71,9 @@ def read_tensors(path: Path, argument: str) -> Any:
     except Exception as error:  # the unpickler, the zip reader and the file system each raise their own kinds
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
-                f"{named} carries code or objects ({code[1]}), which are never loaded; only weights-only files are: "
-                "where you trust the file, convert it with torch.save(model.state_dict(), 'weights.pth')"
+                f"{named} is not a checkpoint that can be loaded: it carries code or objects ({code[1]}), which are "
+                "never run; only weights-only files are loaded: where you trust the file, convert it with "
+                "torch.save(model.state_dict(), 'weights.pth')"
             ) from None
         reason = type(error).__name__
     if reason:
@@ -121,9 +122,22 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
         raise InputError(f"{error}{_the_one_before(path)}") from error.__cause__
     if not _is_config(content.get("config")):
         content.pop("config", None)
+    for name in ("epoch", "global_step"):
+        content.setdefault(name, 0)
     if not re.fullmatch(r"\d+(\.\d+)+((a|b|rc|\.dev|\.post)\d+)?", str(content.get(_VERSION))):
         content[_VERSION] = version("lightning")
     return content
+
+
+def begins_afresh(content: Mapping[str, Any]) -> list[str]:
+    """Lists the parts of a run's state that a checkpoint lacks, and a resumed run would begin anew."""
+    lacking = {name for name in _STATES if name not in content}
+    if "loops" in lacking:  # where the run was: without it the schedule begins anew as well
+        lacking.add("lr_schedulers")
+    return sorted(lacking)
+
+
+_STATES = ("loops", "optimizer_states", "lr_schedulers", "callbacks")
 
 
 def _misshapen(content: dict[Any, Any], size: int) -> str:
@@ -156,6 +170,22 @@ def _misshapen(content: dict[Any, Any], size: int) -> str:
         for key, value in content.get(name, {}).items():
             if not isinstance(key, str) or not isinstance(value, dict):
                 return f"{name}[{str(key)[:80]!r}] is a {type(value).__name__}"
+    for name in ("optimizer_states", "lr_schedulers"):
+        for value in content.get(name, []):
+            if not isinstance(value, dict):
+                return f"{name} holds a {type(value).__name__}"
+    for state in content.get("optimizer_states", []):
+        groups = state.get("param_groups")
+        whole = isinstance(groups, list) and all(
+            isinstance(g, dict) and isinstance(g.get("params"), list) for g in groups
+        )
+        if not whole or not isinstance(state.get("state"), dict):
+            return "optimizer_states holds no state of an optimiser"
+    position = content.get("position", {})
+    if position and not all(
+        isinstance(position.get(name), int | float) for name in ("epochs", "batches", "accumulated")
+    ):
+        return "position is not that of a run"
     return ""
 
 
@@ -360,5 +390,6 @@ def _spec(root: str) -> Any:
 
 
 def _folder_of_script() -> Path:
-    script = Path(sys.argv[0])
-    return (script.parent if script.suffix == ".py" and script.name != "__main__.py" else Path()).resolve()
+    script = Path(sys.argv[0]).resolve()
+    own = Path(__file__).parent in script.parents  # python -m awconv...., which imports from the working directory
+    return script.parent if script.suffix == ".py" and not own else Path.cwd()

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRat
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from awconv.checkpoint import BEST, LAST, PREVIOUS, read_checkpoint
+from awconv.checkpoint import BEST, LAST, PREVIOUS, begins_afresh, read_checkpoint
 from awconv.errors import InputError, require_int, require_number
 from awconv.files import atomic_write
 
@@ -267,20 +267,31 @@ class _Best(NamedTuple):
         # in checkpoints of version 0.1.0 the key goes on with the options, the state has no mode and no step, and the
         # best of several files may have another name
         key = next((key for key in states if key.startswith("BestCheckpoint")), None)
-        if key is None or states[key]["best_model_score"] is None:
+        if key is None or states[key].get("best_model_score") is None:
             return None
         state = {"mode": "min" if "'mode': 'min'" in key else "max", "best_step": -1, **states[key]}
-        score = torch.as_tensor(state["best_model_score"]).cpu()
-        return cls(state["monitor"], state["mode"], score, state["best_step"], Path(state["best_model_path"]).name)
+        try:
+            score = torch.as_tensor(state["best_model_score"]).cpu()
+            best = cls(state["monitor"], state["mode"], score, state["best_step"], Path(state["best_model_path"]).name)
+            sound = score.numel() == 1 and best.mode in ("min", "max") and isinstance(best.monitor, str)
+            sound = sound and type(best.step) is int
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            sound = False
+        if not sound:
+            raise InputError(
+                "the checkpoint does not say rightly which was the best of its run; start from its weights with "
+                "--model.initial_weights"
+            )
+        return best
 
     @classmethod
     def read(cls, path: Path) -> "_Best | None":
         """What ``best.ckpt`` says of itself; None where it cannot be read or is not there."""
         try:
             checkpoint = read_checkpoint(path, "checkpoint") if path.is_file() else {}
+            best = cls.of(checkpoint)
         except InputError:
             return None
-        best = cls.of(checkpoint)
         return None if best is None else best._replace(step=checkpoint["global_step"])
 
 
@@ -496,7 +507,13 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path) or weights_only is False:
             return super().load_checkpoint(path, map_location, weights_only)
         # the file may be replaced, or cut short, while its tensors are used
-        return copy.deepcopy(read_checkpoint(Path(path), "ckpt_path"))
+        content = copy.deepcopy(read_checkpoint(Path(path), "ckpt_path"))
+        for name in begins_afresh(content):
+            if name == "loops":
+                content.pop("position", None)
+            else:
+                content[name] = {} if name == "callbacks" else []
+        return content
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes ``checkpoint`` to ``path``, on the disk when it returns.

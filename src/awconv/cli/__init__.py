@@ -32,7 +32,7 @@ from awconv.callbacks import (
     TrainingMonitor,
 )
 from awconv.callbacks.wandb_run import describe_runs
-from awconv.checkpoint import LAST, read_checkpoint
+from awconv.checkpoint import LAST, begins_afresh, read_checkpoint
 from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import (
@@ -295,11 +295,13 @@ class AWConvCLI(LightningCLI):
         """Notes where a resumed run begins."""
         if path := self.config[self.subcommand].ckpt_path:
             checkpoint = read_checkpoint(Path(path), "ckpt_path")
-            if not {"global_step", "epoch", "loops", "optimizer_states"} <= checkpoint.keys():
+            if {"loops", "optimizer_states"}.isdisjoint(checkpoint):
                 raise InputError(
                     f"ckpt_path={path} holds weights, and not the state of a run; start from them with "
                     "--model.initial_weights"
                 )
+            if (afresh := begins_afresh(checkpoint)) and self.trainer.is_global_zero:
+                print(f"ckpt_path={path} lacks {', '.join(afresh)}, which begin afresh", file=sys.stderr)
             self._resumed_step = checkpoint["global_step"]
             epochs = self.trainer.max_epochs
             if epochs is not None and -1 < epochs < checkpoint["epoch"]:

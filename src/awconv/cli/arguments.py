@@ -115,6 +115,12 @@ class _Typed(NamedTuple):
     flags: list[str]
     believed: bool
 
+    def names(self, option: str) -> bool:
+        """Whether an option such as ``trainer.logger`` was typed."""
+        section, _, name = option.partition(".")
+        in_configs = any(name in (config.get(section) or {}) if name else section in config for config in self.configs)
+        return in_configs or any(flag.startswith(f"--{option}") for flag in self.flags)
+
     def texts(self) -> Iterator[str]:
         """All values that were typed."""
         yield from _texts(self.configs)
@@ -207,6 +213,7 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
         if typed.configs:
             return None
         raise InputError(f"ckpt_path={str(path)!r} carries no config; give with -c the configs it was trained with")
+    config.pop("weights_only", None)  # which no file decides of itself
     if subcommand == "fit":
         # earlier versions took all options of Lightning's ModelCheckpoint
         known = set(inspect.signature(BestCheckpoint).parameters)
@@ -215,7 +222,7 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
         config["checkpoint"] = {key: value for key, value in (config.get("checkpoint") or {}).items() if key in known}
         _keep_what_was_found(config, checkpoint)
         if not typed.believed:
-            config = _without_what_acts(config, path)
+            config = _without_what_acts(config, path, typed)
     else:
         config = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
     model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
@@ -240,7 +247,7 @@ _ACTING = ("logger", "callbacks", "plugins", "strategy", "profiler", "model_regi
 _SECTIONS = ("seed_everything", "trainer", "checkpoint", "last_checkpoint", "test_after_fit", "data", "model")
 
 
-def _without_what_acts(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _without_what_acts(config: dict[str, Any], path: Path, typed: _Typed) -> dict[str, Any]:
     """Leaves out of a checkpoint's config what acts beyond training: who is called, where things are sent or written.
 
     Those are loggers, callbacks, plugins, strategy, profiler, and folders that are written to. A line says what was
@@ -261,7 +268,8 @@ def _without_what_acts(config: dict[str, Any], path: Path) -> dict[str, Any]:
     left |= {f"{name}.dirpath": (config.get(name) or {}).get("dirpath") for name in ("checkpoint", "last_checkpoint")}
     left |= {str(name): value for name, value in config.items() if name not in _SECTIONS}
     usual: list[Any] = [None, [], {}, False, "auto", "runs"]
-    if told := [name for name, value in left.items() if value not in usual and not _is_usual_logger(value)]:
+    told = [name for name, value in left.items() if value not in usual and not _is_usual_logger(value)]
+    if told := [name for name in told if not typed.names(name)]:
         print(
             f"left out of the config of {path}: {', '.join(told)}; give again what you want of it, or believe the file "
             "with --trust_checkpoint_config true",

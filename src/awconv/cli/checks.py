@@ -122,6 +122,11 @@ def refused_by_library(error: Exception) -> str | None:
         return f"the trainer refuses its settings: {' '.join(str(error).split())}"  # whoever called the loop
     if not all(map(_is_library, frames)):
         return None
+    if any(_module(frame).endswith(".checkpoint_connector") for frame in frames):
+        return (
+            f"the state of the run in the checkpoint cannot be restored ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); start from its weights with --model.initial_weights"
+        )
     for frame in reversed(frames):
         owner = frame.f_locals.get("self")
         if isinstance(owner, L.Callback | Logger):

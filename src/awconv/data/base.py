@@ -223,7 +223,16 @@ class BaseDataModule(ChecksCheckpoint, LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Notes what was trained on, until training begins."""
+        """Notes what was trained on, until training begins.
+
+        Raises:
+            InputError: If it is not what :meth:`state_dict` gives.
+        """
+        if state_dict and not _is_state(state_dict):
+            raise InputError(
+                "the checkpoint does not say rightly how far its run was in its data; start from its weights with "
+                "--model.initial_weights"
+            )
         self._loaded = state_dict
 
     def _begin_epoch(self, epoch: int) -> None:
@@ -356,3 +365,12 @@ def _leave_when_told(main_process: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
         pass
     os._exit(0)
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    parts = state.get("parts")
+    if not isinstance(parts, list) or not parts or not all(isinstance(p, list) and len(p) == 3 for p in parts):
+        return False
+    numbers = [state.get(name) for name in ("epoch", "seed", "samples", "batches")]
+    least = [(number, 0) for number in numbers] + [(n, low) for p in parts for n, low in zip(p, (1, 1, 0), strict=True)]
+    return all(type(number) is int and low <= number < 2**63 for number, low in least)
