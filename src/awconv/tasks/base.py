@@ -320,12 +320,12 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
         if "state_dict" in checkpoint:  # a strategy that shards has taken it out, and loaded it
             self._require_fit(checkpoint["state_dict"])  # the cause, where the optimiser's state is but a symptom
         now = self.hparams
-        if saved["optimizer"].lower() != now["optimizer"].lower() or (saved["lr_schedule"] == "onecycle") != (
+        optimizer, schedule = str(saved["optimizer"]), str(saved.get("lr_schedule"))
+        if optimizer.lower() != now["optimizer"].lower() or (schedule == "onecycle") != (
             now["lr_schedule"] == "onecycle"
         ):
             raise InputError(
-                f"the checkpoint was trained with optimizer={saved['optimizer']!r}, lr_schedule="
-                f"{saved['lr_schedule']!r}, whose state does not fit optimizer={now['optimizer']!r}, lr_schedule="
+                f"the checkpoint was trained with optimizer={optimizer!r}, lr_schedule={schedule!r}, whose state does not fit optimizer={now['optimizer']!r}, lr_schedule="
                 f"{now['lr_schedule']!r}; to start afresh from its weights use model.initial_weights"
             )
         here = [len(parameters) for parameters in self._learning_parameters()]

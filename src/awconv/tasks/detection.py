@@ -241,7 +241,7 @@ class DetectionTask(BaseTask):
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         for name, here in (("class_names", self.class_names), ("category_ids", self.category_ids)):
             there = saved.get(name) if "head" in saved else None  # what differs in a classifier is said of its tensors
-            if there is not None and list(there) != here:
+            if isinstance(there, list) and there != here:
                 pairs = list(zip(there, here, strict=False))
                 first = next((f"{a!r}, not {b!r}" for a, b in pairs if a != b), f"{len(there)}, not {len(here)}")
                 raise InputError(
