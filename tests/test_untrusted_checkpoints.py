@@ -113,7 +113,7 @@ def test_a_class_in_a_free_form_argument(cli, content, save, tmp_path, spec, pla
         cls.load_from_checkpoint(path)
     # nor where the file is believed: what an argument holds that takes anything are data
     trust = ["--trust_checkpoint_config=true", f"--run_dir={tmp_path / 'trusted'}"]
-    code, out, err = cli("test", "--ckpt_path", path, *SHORT, *trust)
+    code, _, err = cli("test", "--ckpt_path", path, *SHORT, *trust)
     assert code in (0, 2), err
     with contextlib.suppress(ValueError, jsonargparse.ArgumentError):
         cls.load_from_checkpoint(path, trust_config=True)
