@@ -272,6 +272,7 @@ class _FrugalReader(io.BufferedReader):
 
     def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(raw)
+        self._size = os.fstat(raw.fileno()).st_size
         # a call costs time, even if it reads a single byte
         self._left, self._per_call = 2**28, 64
 
@@ -280,26 +281,27 @@ class _FrugalReader(io.BufferedReader):
         self._left, self._per_call = self._left + 8 * pixels, 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Reads as any file does, until it was too much."""
-        return self._counted(super().read(self._at_most(size)))
+        """Reads as any file does, unless it gets too much."""
+        there = max(0, self._size - self.tell())
+        return super().read(self._counted(there if size is None or size < 0 else min(size, there)))
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """Reads as any file does, until it was too much."""
-        return self._counted(super().readline(self._at_most(size)))
+        """Reads as any file does, unless it gets too much."""
+        line = super().readline(2**16 if size is None or size < 0 else size)
+        self._counted(len(line))
+        return line
 
     def whole(self) -> npt.NDArray[np.uint8]:
         """Reads all of the file."""
         self.seek(0)
-        return np.frombuffer(bytearray(self.read()), dtype=np.uint8)
+        content = np.empty(self._counted(self._size), dtype=np.uint8)
+        return content[: self.readinto(content.data)]
 
-    def _at_most(self, size: int | None) -> int:
-        return self._left + 1 if size is None or size < 0 else min(size, self._left + 1)
-
-    def _counted(self, content: bytes) -> bytes:
-        self._left -= max(len(content), self._per_call)
+    def _counted(self, size: int) -> int:
+        self._left -= max(size, self._per_call)
         if self._left < 0:
             raise ValueError("the file is far larger than its image")
-        return content
+        return size
 
 
 @cache
@@ -378,8 +380,13 @@ def _error_of_reading(path: str) -> InputError | None:
     try:
         read_picture(path)
     except InputError as error:
-        return error
+        return _alone(error)
     return None
+
+
+def _alone(error: InputError) -> InputError:
+    """The error without the frames that it came through, which hold all that was read of the file."""
+    return InputError(*error.args)
 
 
 def _head_or_error(path: str) -> Head | InputError:
@@ -392,7 +399,7 @@ def _head_or_error(path: str) -> Head | InputError:
                 picture.info["exif"] = _exif_of_png(file.raw)
             return Head(height, width, _orientation(picture))
     except InputError as error:
-        return error
+        return _alone(error)
 
 
 def _exif_of_png(file: Any) -> bytes:
