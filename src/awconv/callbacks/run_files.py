@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from awconv.data.pictures import Unreadable
-from awconv.errors import InputError
+from awconv.errors import InputError, printable
 from awconv.files import atomic_write, write_csv
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class RunFiles(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prints the paths, below Lightning's own table of results."""
         for line in self._announcements:
-            print(line)
+            print(printable(line))
         self._announcements = []
 
 

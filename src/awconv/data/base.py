@@ -31,7 +31,7 @@ from awconv.data.pictures import (
     unreadable,
 )
 from awconv.data.resident import ResidentBatches, ResidentSplit, as_it_is
-from awconv.errors import InputError, require, require_int
+from awconv.errors import InputError, printable, require, require_int
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Transform: TypeAlias = Callable[..., Any]
@@ -340,10 +340,15 @@ class BaseDataModule(LightningDataModule):
         return PictureDataset(paths, None, self.predict_transform(), skip_bad=self.on_bad_image != "stop")
 
 
+def inform(line: str) -> None:
+    """Says a line, from the first process; control characters of the names in it are escaped."""
+    rank_zero_info(printable(line))
+
+
 def tell(folder: str | os.PathLike[str], passed_over: PassedOver) -> None:
     """Says in one line, from the first process, what a search of a folder for images passed over."""
     if str(passed_over):
-        rank_zero_info(f"{os.fspath(folder)}: passed over {passed_over}")
+        inform(f"{os.fspath(folder)}: passed over {passed_over}")
 
 
 class _Resumed(NamedTuple):

@@ -1,9 +1,12 @@
 """COCO's annotation format: reading a file, checking it, and handing out its images with their boxes."""
 
 import dataclasses
+import errno
+import io
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ from torchvision import tv_tensors
 from awconv.data.base import Transform
 from awconv.data.pictures import Head, composed, read_heads, read_or_next, read_picture, shown
 from awconv.errors import InputError, is_number, require
+from awconv.files import open_regular
 
 Array: TypeAlias = npt.NDArray[Any]
 Target: TypeAlias = dict[str, Tensor]
@@ -351,7 +355,7 @@ def read_annotations(path: str, argument: str, remedy: str) -> COCOAnnotations:
         InputError: The file is missing or is not what it should be.
     """
     source = f"{argument}={path!r}"
-    content = _parse(path, source, remedy)
+    content = _parse(path, argument, remedy)
     categories = _by_id(_entries(content, "categories", source), "category", ("name",), source)
     images = _by_id(_entries(content, "images", source), "image", ("file_name", "coco_url", "width", "height"), source)
     annotations = _entries(content, "annotations", source) if "annotations" in content else []
@@ -533,11 +537,16 @@ class COCODataset(Dataset[tuple[Tensor, Target]]):
         return {image_id: index for index, image_id in enumerate(self.annotations.image_ids.tolist())}
 
 
-def _parse(path: str, source: str, remedy: str) -> dict[str, Any]:
+def _parse(path: str, argument: str, remedy: str) -> dict[str, Any]:
+    source = f"{argument}={path!r}"
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_regular(path) as file:
+            if file.peek().startswith(b"\0"):  # not read on, since a file of zeros may have any length
+                raise ValueError("it begins with a zero byte")
             # The polygons are most of a file of COCO's; left out at once, they never fill the memory.
-            content = json.load(file, object_pairs_hook=_without_polygons)
+            content = json.load(io.TextIOWrapper(file, encoding="utf-8-sig"), object_pairs_hook=_without_polygons)
+    except InputError as error:
+        raise InputError(f"{argument}={error}") from None
     except FileNotFoundError:
         raise InputError(f"{source}: expected a COCO annotation file, and there is none; {remedy}") from None
     except OSError as error:
@@ -561,6 +570,10 @@ def _parse(path: str, source: str, remedy: str) -> dict[str, Any]:
 
 def _without_polygons(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entry = dict(pairs)
+    if len(entry) < len(pairs):
+        for key, value in pairs:
+            if entry[key] != value:
+                raise ValueError(f"{key!r} stands twice in one object, with different values")
     entry.pop("segmentation", None)
     return entry
 
@@ -628,7 +641,9 @@ def refuse_repeated(values: list[Any], kind: str, source: str) -> None:
 def _category_name(number: CategoryId, category: dict[str, Any], source: str) -> str:
     name = _whole(category.get("name"))
     if not isinstance(name, str) and not is_number(name):
-        raise InputError(f"{source}: category {number} has no name (name={name!r}); give it one")
+        raise InputError(f"{source}: category {number!r} has no name (name={name!r}); give it one")
+    if re.search("[\ud800-\udfff]", str(name)):
+        raise InputError(f"{source}: the name of category {number!r} is no text ({name!r}); rename it")
     return composed(str(name))
 
 
@@ -719,11 +734,24 @@ def _file_name(number: Any, image: dict[str, Any], source: str) -> bytes:
     try:
         if not name and isinstance(url, str):
             name = urlsplit(url).path.rpartition("/")[2]
-        if isinstance(name, str) and name:
-            return os.fsencode(name)
+        encoded = os.fsencode(name) if isinstance(name, str) else b""
+        # as names of files end at a zero byte; and all are kept in as many bytes as the longest has
+        if encoded and b"\0" not in encoded and len(encoded) <= _LONGEST_PATH:
+            return encoded
     except ValueError:  # an address that is none, or a name that no file can have
         name = name or url
-    raise InputError(f"{source}: image {number} has no file_name (but {name!r}); give it the name of its picture file")
+    shown_name = repr(name)
+    if len(shown_name) > 200:
+        shown_name = f"{shown_name[:100]}..., {len(shown_name)} characters"
+    raise InputError(
+        f"{source}: image {number!r} has no file_name (but {shown_name}); give it the name of its picture file"
+    )
+
+
+_LONGEST_PATH = 4096  # bytes, on Linux; less elsewhere
+
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class _Files:
@@ -792,12 +820,13 @@ class _Files:
         if parent not in self._names:
             try:
                 self._names[parent] = set(os.listdir(os.path.join(self._folder, parent)))
-            except (FileNotFoundError, NotADirectoryError):
+            except ValueError:  # a zero byte, written as %00
                 self._names[parent] = set()
-            except (OSError, ValueError) as error:  # no right to read it, a name too long or with a zero byte
-                reason = getattr(error, "strerror", None) or str(error)
-                raise InputError(
-                    f"{self._argument}: the folder of pictures {os.path.join(self._folder, parent)!r} cannot be read "
-                    f"({reason}); mend that, or name another with --data.{self._argument}"
-                ) from None
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise InputError(
+                        f"{self._argument}: the folder of pictures {os.path.join(self._folder, parent)!r} cannot be "
+                        f"read ({error.strerror}); mend that, or name another with --data.{self._argument}"
+                    ) from None
+                self._names[parent] = set()
         return self._names[parent]
