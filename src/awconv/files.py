@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from awconv.errors import InputError
-
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -37,21 +35,18 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Opens a regular file for reading, or a link to one.
 
     Raises:
-        InputError: It is something else, such as a named pipe, which would be waited for, or a device without an end.
-        OSError: It cannot be opened.
+        OSError: It cannot be opened; or it is something else, such as a named pipe, which would be waited for, or a
+            device without an end.
     """
     try:
         file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
-    except IsADirectoryError:
-        raise InputError(f"{path}: expected a regular file, and this is a folder; replace or remove it") from None
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        raise InputError(f"{path}: expected a regular file, and this is a socket; replace or remove it") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
         file.close()
-        raise InputError(f"{path}: expected a regular file, and this is a pipe or a device; replace or remove it")
-    return file
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # of a socket
+            raise
+    raise OSError(errno.EINVAL, "a pipe, a socket or a device, and no regular file", os.fspath(path))
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -355,7 +355,7 @@ def read_annotations(path: str, argument: str, remedy: str) -> COCOAnnotations:
         InputError: The file is missing or is not what it should be.
     """
     source = f"{argument}={path!r}"
-    content = _parse(path, argument, remedy)
+    content = _parse(path, source, remedy)
     categories = _by_id(_entries(content, "categories", source), "category", ("name",), source)
     images = _by_id(_entries(content, "images", source), "image", ("file_name", "coco_url", "width", "height"), source)
     annotations = _entries(content, "annotations", source) if "annotations" in content else []
@@ -537,16 +537,13 @@ class COCODataset(Dataset[tuple[Tensor, Target]]):
         return {image_id: index for index, image_id in enumerate(self.annotations.image_ids.tolist())}
 
 
-def _parse(path: str, argument: str, remedy: str) -> dict[str, Any]:
-    source = f"{argument}={path!r}"
+def _parse(path: str, source: str, remedy: str) -> dict[str, Any]:
     try:
-        with open_regular(path) as file:
+        with open_regular(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
             if file.peek().startswith(b"\0"):  # not read on, since a file of zeros may have any length
                 raise ValueError("it begins with a zero byte")
             # The polygons are most of a file of COCO's; left out at once, they never fill the memory.
-            content = json.load(io.TextIOWrapper(file, encoding="utf-8-sig"), object_pairs_hook=_without_polygons)
-    except InputError as error:
-        raise InputError(f"{argument}={error}") from None
+            content = json.load(text, object_pairs_hook=_without_polygons)
     except FileNotFoundError:
         raise InputError(f"{source}: expected a COCO annotation file, and there is none; {remedy}") from None
     except OSError as error:
@@ -642,8 +639,11 @@ def _category_name(number: CategoryId, category: dict[str, Any], source: str) ->
     name = _whole(category.get("name"))
     if not isinstance(name, str) and not is_number(name):
         raise InputError(f"{source}: category {number!r} has no name (name={name!r}); give it one")
-    if re.search("[\ud800-\udfff]", str(name)):
-        raise InputError(f"{source}: the name of category {number!r} is no text ({name!r}); rename it")
+    if len(str(name)) > 1000 or re.search("[\ud800-\udfff]", str(name)):
+        raise InputError(
+            f"{source}: expected a text of at most 1000 characters as name of category {number!r}, found {name!r}; "
+            "rename it"
+        )
     return composed(str(name))
 
 
