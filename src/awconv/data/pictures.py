@@ -206,8 +206,8 @@ def read_picture(path: str | Path) -> Tensor:
 def read_encoded(path: str | Path) -> Tensor:
     """The bytes of an image file that any JPEG decoder can be given, and else the image.
 
-    That is a complete one, upright, grey or of the usual colours (YCbCr): what is to be made of the others, decoders
-    disagree.
+    That is a complete one, upright, grey or of the usual colours (YCbCr), and of one size: what is to be made of the
+    others, decoders disagree.
 
     Returns:
         uint8 tensor, (length,) of a file and (3, H, W) of an image; see :func:`read_picture`.
@@ -218,9 +218,19 @@ def read_encoded(path: str | Path) -> Tensor:
     with _naming(path), _open(path) as (file, picture):
         if _is_common_jpeg(picture) and _orientation(picture) == 1:
             encoded = file.whole()
-            if encoded[-2:].tobytes() == b"\xff\xd9":
+            if encoded[-2:].tobytes() == b"\xff\xd9" and _frame_headers(encoded) == 1:
                 return torch.from_numpy(encoded)
         return _decoded(file, picture, path)
+
+
+def _frame_headers(encoded: npt.NDArray[np.uint8]) -> int:
+    """How often a JPEG says its size before its pixels."""
+    found, place = 0, 2
+    while place + 4 <= len(encoded) and encoded[place] == 0xFF and encoded[place + 1] != 0xDA:
+        marker, high, low = encoded[place + 1 : place + 4].tolist()
+        found += 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)  # tables, and what is reserved
+        place += 2 + 256 * high + low
+    return found
 
 
 def limit_pixels(most: int) -> None:
