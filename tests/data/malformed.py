@@ -62,6 +62,7 @@ def bombs():
     code = jp2.index(b"\xff\x51") + 6
     gif = b"GIF89a" + struct.pack("<HHBBB", 10, 10, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff,"
     yield "size.jpg", jpeg.replace(frame, absurd), 0
+    yield "little_for_its_size.jpg", jpeg.replace(frame, frame[:5] + struct.pack(">HH", 13000, 13000) + frame[9:]), 0
     yield "two_sizes.jpg", jpeg.replace(frame, absurd + frame), 0
     yield "two_sizes_more.jpg", jpeg.replace(frame, frame + absurd), 0
     yield "zeros_behind.jpg", jpeg, 3 * 2**30

@@ -35,8 +35,9 @@ class RunFiles(Callback):
 
     Every file appears whole or not at all. A file that this callback wrote itself is replaced when the same
     trainer tests or predicts again; a file that was there before is never touched, and the new ones are then
-    numbered (``predictions_2.csv``, ``predictions_2.png``). With ``fast_dev_run`` everything is computed and
-    drawn, but nothing is written, as Lightning writes no logs and checkpoints then.
+    numbered (``predictions_2.csv``, ``predictions_2.png``). Tables are CSV files of :func:`awconv.files.write_csv`, for
+    a spreadsheet; :func:`awconv.files.read_csv` reads them as they were. With ``fast_dev_run`` everything is computed
+    and drawn, but nothing is written, as Lightning writes no logs and checkpoints then.
     """
 
     def __init__(self) -> None:

@@ -153,6 +153,7 @@ def to_tensor(picture: PIL.Image.Image, name: str | Path) -> Tensor:
     Raises:
         InputError: The samples are 32-bit integers or floats, whose black and white nobody knows.
     """
+    transparent = picture.has_transparency_data
     # of a PGM with 16 bits, Pillow makes 32
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
         # PIL's own conversion clips at 255 instead of scaling
@@ -161,14 +162,16 @@ def to_tensor(picture: PIL.Image.Image, name: str | Path) -> Tensor:
         kind = "32-bit integers" if picture.mode == "I" else "32-bit floats"
         raise InputError(f"{name}: the samples of this picture are {kind}; save it with 8 or 16 bits")
     else:
-        # PIL warns about a palette with transparency that is not taken out by way of RGBA
-        eight_bits = picture.convert("RGBA") if picture.has_transparency_data else picture
+        eight_bits = picture
+        picture.load()  # by which the size of some formats changes
     width, height = eight_bits.size
     image = torch.empty(height, width, 3, dtype=torch.uint8)
     # in bands, since Pillow takes four bytes a pixel, and several times as many while it converts
     rows = max(1, _BAND // width)
     for top in range(0, height, rows):
-        band = eight_bits.crop((0, top, width, min(top + rows, height))).convert("RGB")
+        band = eight_bits.crop((0, top, width, min(top + rows, height)))
+        # PIL warns about a palette with transparency that is not taken out by way of RGBA
+        band = (band.convert("RGBA") if transparent else band).convert("RGB")
         image[top : top + rows] = torch.from_numpy(np.array(band))
     image = image.permute(2, 0, 1)
     # last, since a PNG may have its EXIF data behind the pixels, and a TIFF is turned as it is loaded
@@ -269,7 +272,11 @@ def _open(path: str | Path) -> Iterator[tuple["_FrugalReader", PIL.Image.Image]]
                 raise ValueError(f"its size is {width}x{height}")
             if width * height > most_pixels():
                 raise PIL.Image.DecompressionBombError(width * height)
-        file.opened(picture.width * picture.height)
+        pixels = picture.width * picture.height
+        # A JPEG has at least a bit for 8x8 pixels, and decoders make up those that are not there.
+        if picture.format in ("JPEG", "MPO") and file.size < pixels // 1024:
+            raise ValueError("the file is far smaller than its image")
+        file.opened(pixels)
         yield file, picture
 
 
@@ -282,7 +289,7 @@ class _FrugalReader(io.BufferedReader):
 
     def __init__(self, raw: io.RawIOBase) -> None:
         super().__init__(raw)
-        self._size = os.fstat(raw.fileno()).st_size
+        self.size = os.fstat(raw.fileno()).st_size
         # a call costs time, even if it reads a single byte
         self._left, self._per_call = 2**28, 64
 
@@ -292,7 +299,7 @@ class _FrugalReader(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Reads as any file does, unless it gets too much."""
-        there = max(0, self._size - self.tell())
+        there = max(0, self.size - self.tell())
         return super().read(self._counted(there if size is None or size < 0 else min(size, there)))
 
     def readline(self, size: int | None = -1, /) -> bytes:
@@ -304,7 +311,7 @@ class _FrugalReader(io.BufferedReader):
     def whole(self) -> npt.NDArray[np.uint8]:
         """Reads all of the file."""
         self.seek(0)
-        content = np.empty(self._counted(self._size), dtype=np.uint8)
+        content = np.empty(self._counted(self.size), dtype=np.uint8)
         return content[: self.readinto(content.data)]
 
     def _counted(self, size: int) -> int:
