@@ -5,6 +5,7 @@ prints a line of JSON for every input, and at the end by how many MiB the memory
 """
 
 import copy
+import gzip
 import io
 import json
 import os
@@ -61,6 +62,12 @@ def bombs():
     jp2 = saved("JPEG2000")
     code = jp2.index(b"\xff\x51") + 6
     gif = b"GIF89a" + struct.pack("<HHBBB", 10, 10, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff,"
+    cards = ["SIMPLE  = T", "XTENSION= 'BINTABLE'", "ZIMAGE  = T", "ZCMPTYPE= 'GZIP_1  '", "BITPIX  = 8"]
+    cards += ["NAXIS   = 2", "NAXIS1  = 8", "NAXIS2  = 1", "ZBITPIX = 8", "ZNAXIS  = 2", "ZNAXIS1 = 13000"]
+    cards += ["ZNAXIS2 = 13000", "END"]
+    fits = "".join(card.ljust(80) for card in cards).ljust(2880).encode() + bytes(8)
+    yield "slow.fits", fits + gzip.compress(b"\0" * 2**20) * 162, 0
+    yield "negative.fits", fits.replace(b"13000", b"-1300"), 0
     yield "size.jpg", jpeg.replace(frame, absurd), 0
     yield "little_for_its_size.jpg", jpeg.replace(frame, frame[:5] + struct.pack(">HH", 13000, 13000) + frame[9:]), 0
     yield "two_sizes.jpg", jpeg.replace(frame, absurd + frame), 0
@@ -118,6 +125,7 @@ def texts():
     """Annotation files as text."""
     plain = json.dumps(document())
     yield from ("", "[" * 10**5, '{"a":' * 10**5, plain[:-30], "null", "[]", "NaN", plain[:-1] + ', "images": [1]}')
+    yield plain + "\0"
     yield plain.replace('"width": 30', '"width": ' + "1" * 10**7)
     yield plain.replace('"area": 12', '"area": 1.' + "1" * 10**7)
     draw = random.Random(1)

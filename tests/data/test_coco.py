@@ -831,8 +831,8 @@ def test_bad_files_are_refused(read, tmp_path, content, phrases):
 
 def test_polygons_are_not_kept(read, monkeypatch):
     loaded = []
-    load = json.load
-    monkeypatch.setattr(json, "load", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[-1])
+    load = json.loads
+    monkeypatch.setattr(json, "loads", lambda *args, **options: loaded.append(load(*args, **options)) or loaded[-1])
     read(document(annotations=boxes_of([1, 2, 3, 4], segmentation=[[1, 2, 3, 4, 5, 6]])))
     assert "bbox" in loaded[0]["annotations"][0]
     assert "segmentation" not in loaded[0]["annotations"][0]

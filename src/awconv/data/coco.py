@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import io
 import json
 import os
 import posixpath
@@ -539,11 +538,8 @@ class COCODataset(Dataset[tuple[Tensor, Target]]):
 
 def _parse(path: str, source: str, remedy: str) -> dict[str, Any]:
     try:
-        with open_regular(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-            if file.peek().startswith(b"\0"):  # not read on, since a file of zeros may have any length
-                raise ValueError("it begins with a zero byte")
-            # The polygons are most of a file of COCO's; left out at once, they never fill the memory.
-            content = json.load(text, object_pairs_hook=_without_polygons)
+        # The polygons are most of a file of COCO's; left out at once, they never fill the memory.
+        content = json.loads(_text(path), object_pairs_hook=_without_polygons)
     except FileNotFoundError:
         raise InputError(f"{source}: expected a COCO annotation file, and there is none; {remedy}") from None
     except OSError as error:
@@ -563,6 +559,16 @@ def _parse(path: str, source: str, remedy: str) -> dict[str, Any]:
             f"{source}: {expected}, found {found} and no {' and no '.join(missing)}; choose or write another file"
         )
     return content
+
+
+def _text(path: str) -> str:
+    content = bytearray()
+    with open_regular(path) as file:
+        for block in iter(lambda: file.read(2**24), b""):
+            if b"\0" in block:  # not read on, since zeros may have any length, and take no room on a disk
+                raise ValueError("it holds zero bytes")
+            content += block
+    return content.decode("utf-8-sig")
 
 
 def _without_polygons(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

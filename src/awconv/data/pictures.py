@@ -268,7 +268,7 @@ def _open(path: str | Path) -> Iterator[tuple["_FrugalReader", PIL.Image.Image]]
             width, height = map(picture.tag_v2.get, _TILE_SIZE)
             sizes.append((width or 1, height or 1))
         for width, height in sizes:
-            if not width * height:
+            if width < 1 or height < 1:
                 raise ValueError(f"its size is {width}x{height}")
             if width * height > most_pixels():
                 raise PIL.Image.DecompressionBombError(width * height)
@@ -276,6 +276,9 @@ def _open(path: str | Path) -> Iterator[tuple["_FrugalReader", PIL.Image.Image]]
         # A JPEG has at least a bit for 8x8 pixels, and decoders make up those that are not there.
         if picture.format in ("JPEG", "MPO") and file.size < pixels // 1024:
             raise ValueError("the file is far smaller than its image")
+        # which Pillow makes in Python, one by one, out of next to nothing
+        if pixels > 2**24 and any(tile[0] == "fits_gzip" for tile in picture.tile):
+            raise ValueError("a compressed FITS image of so many pixels")
         file.opened(pixels)
         yield file, picture
 
