@@ -1,10 +1,12 @@
 """Files and messages that people and spreadsheets read: nothing in them acts."""
 
 import csv
+import logging
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.utilities import rank_zero_info
 
 from awconv.callbacks.metrics_file import MetricsFile
 from awconv.callbacks.run_files import RunFiles
@@ -12,6 +14,7 @@ from awconv.cli.messages import fail
 from awconv.data.pictures import Unreadable
 from awconv.errors import InputError, printable
 from awconv.files import read_csv, write_csv
+from awconv.quiet import silence_libraries
 
 # names of files and classes: any text, undecodable bytes included
 NAMES = st.text(st.characters(exclude_categories=["Cs"]) | st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF))
@@ -114,6 +117,14 @@ def test_messages_are_escaped_and_end(capsys):
     with pytest.raises(SystemExit):
         fail(f"{NAME}: bad")
     assert capsys.readouterr().err == f"error: {ESCAPED}: bad\n"
+
+
+def test_notes_are_escaped(caplog):
+    silence_libraries()
+    caplog.set_level(logging.INFO)
+    rank_zero_info("a note\nof \x1b[31mred")
+    (record,) = caplog.records
+    assert record.getMessage() == "a note\nof \\x1b[31mred"
 
 
 def test_announcements_are_escaped(capsys):

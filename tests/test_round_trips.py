@@ -140,10 +140,16 @@ def test_names_and_values_through_fit_test_predict_and_resume(cli, tmp_path_fact
     assert code == 0, err
     assert sorted(row["class"] for row in rows_of(root / "test/per_class_accuracy.csv")) == sorted(names)
 
-    code, _, err = cli(
+    bad = root / "data/val" / names[0] / "\x1b[31m\r\n.png"
+    bad.touch()
+    code, out, err = cli(
         "predict", checkpoint, f"--run_dir={root / 'predict'}", f"--data.predict_dir={root / 'data/val'}", *places
     )
     assert code == 0, err
+    assert r"/\x1b[31m\r\n.png: this file is not a picture; replace or remove it" in out
+    assert "\x1b" not in out + err
+    assert [row["path"] for row in rows_of(root / "predict/skipped.csv")] == [str(bad)]
+    bad.unlink()
     rows = rows_of(root / "predict/predictions.csv")
     assert {Path(row["path"]).parent.name for row in rows} == set(names)
     assert {row["class"] for row in rows} <= set(names)
