@@ -838,12 +838,6 @@ def test_polygons_are_not_kept(read, monkeypatch):
     assert "segmentation" not in loaded[0]["annotations"][0]
 
 
-@pytest.mark.parametrize("name", ["\ud800.png", "", 7, None])
-def test_a_name_that_no_file_can_have(read, name):
-    message = error_of(read, document(images=[{"id": 7, "file_name": name}, {"id": 3, "file_name": "b.png"}]))
-    assert "image 7 has no file_name" in message
-
-
 def test_an_address_that_is_none(read):
     images = [{"id": 7, "coco_url": "http://[x/a.png"}, {"id": 3, "file_name": "b.png"}]
     message = error_of(read, document(images=images))

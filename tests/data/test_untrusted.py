@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from awconv.callbacks.canvas import upright_picture
-from awconv.data import COCODataModule, ImageNetDataModule
+from awconv.data import CIFAR10DataModule, COCODataModule, ImageNetDataModule
 from awconv.data.pictures import Unreadable, limit_pixels, read_encoded, read_heads, read_picture, unreadable
 from awconv.data.transforms import Resize
 from awconv.errors import InputError
@@ -293,3 +293,12 @@ def test_control_characters_of_names_are_escaped_where_they_are_said(tmp_path, c
         data.setup("fit")
         message = error_of(list, data.train_dataloader())
         assert r"/cat\x1b[2J\r\n\u202egnp\u2066/\x1b\n.png: this file is not a picture" in message
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "test_batch", "batches.meta"])
+def test_archives_are_regular_files_too(cifar10_root, name):
+    path = cifar10_root / "cifar-10-batches-py" / name
+    path.unlink()
+    os.mkfifo(path)
+    data = CIFAR10DataModule(str(cifar10_root), val_size=5, num_workers=0)
+    assert f"lacks {name}" in error_of(data.setup)
