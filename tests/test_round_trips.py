@@ -1,6 +1,5 @@
 """What one command writes, the next reads as it was: names, paths, seeds and numbers."""
 
-import csv
 import math
 import os
 import signal
@@ -17,6 +16,7 @@ from lightning.pytorch.callbacks.timer import Interval
 from PIL import Image
 
 from awconv.cli import config_text
+from awconv.files import read_csv
 
 NAMES = [
     *("1e5", "7e10", "1E5", ".5e3", "1_000", "0x1F", "0o17", "017", "0b1", "1.0", "-3", "+1", ".inf", ".nan", "NaN"),
@@ -95,6 +95,11 @@ QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=
 FOLDERS = words(min_size=1, max_size=40, alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="/\0"))
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    header, rows = read_csv(path)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
 def make_class_folders(root: Path, names: list[str]) -> None:
     generator = np.random.default_rng(0)
     for split in ("train", "val"):
@@ -133,15 +138,19 @@ def test_names_and_values_through_fit_test_predict_and_resume(cli, tmp_path_fact
 
     code, _, err = cli("test", checkpoint, f"--run_dir={root / 'test'}", *places)
     assert code == 0, err
-    with (root / "test/per_class_accuracy.csv").open(encoding="utf-8", newline="") as file:
-        assert sorted(row["class"] for row in csv.DictReader(file)) == sorted(names)
+    assert sorted(row["class"] for row in rows_of(root / "test/per_class_accuracy.csv")) == sorted(names)
 
-    code, _, err = cli(
+    bad = root / "data/val" / names[0] / "\x1b[31m\r\n.png"
+    bad.touch()
+    code, out, err = cli(
         "predict", checkpoint, f"--run_dir={root / 'predict'}", f"--data.predict_dir={root / 'data/val'}", *places
     )
     assert code == 0, err
-    with (root / "predict/predictions.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert r"/\x1b[31m\r\n.png: this file is not a picture; replace or remove it" in out
+    assert "\x1b" not in out + err
+    assert [row["path"] for row in rows_of(root / "predict/skipped.csv")] == [str(bad)]
+    bad.unlink()
+    rows = rows_of(root / "predict/predictions.csv")
     assert {Path(row["path"]).parent.name for row in rows} == set(names)
     assert {row["class"] for row in rows} <= set(names)
 

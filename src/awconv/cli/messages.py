@@ -19,7 +19,7 @@ import awconv.data
 import awconv.tasks
 from awconv.cli.arguments import LINKED, SUBCOMMANDS
 from awconv.cli.checks import has_foreign_frames
-from awconv.errors import InputError
+from awconv.errors import InputError, printable
 
 # a full disk, a quota, a limit on the size of files, a file system that cannot be written to
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -179,6 +179,6 @@ def bad_input(error: BaseException) -> str | None:
 
 def fail(message: str) -> NoReturn:
     """Says what the user did wrong, and ends the process with exit code 2."""
-    rank = os.environ.get("LOCAL_RANK", "0")
+    rank, message = os.environ.get("LOCAL_RANK", "0"), printable(message)
     print(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
     sys.exit(2)

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from awconv.errors import InputError, require
+from awconv.errors import InputError, printable, require
 from awconv.metrics import BoxMeanAveragePrecision
 from awconv.models import create_detector
 from awconv.tasks.base import BaseTask
@@ -124,7 +124,7 @@ class DetectionTask(BaseTask):
         )
         self.weights_report = network.weights_report
         if hparams["initial_weights"]:
-            rank_zero_info(network.weights_report.text)
+            rank_zero_info(printable(network.weights_report.text))
         assert isinstance(network, nn.Module)
         return network
 
