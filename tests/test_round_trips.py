@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks.timer import Interval
 from PIL import Image
 
-from awconv.cli import config_text
+from awconv import config_text
 
 NAMES = [
     *("1e5", "7e10", "1E5", ".5e3", "1_000", "0x1F", "0o17", "017", "0b1", "1.0", "-3", "+1", ".inf", ".nan", "NaN"),

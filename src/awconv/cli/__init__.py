@@ -18,6 +18,7 @@ from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
+from awconv import config_text
 from awconv.callbacks import (
     AttentionMonitor,
     BestCheckpoint,
@@ -33,7 +34,6 @@ from awconv.callbacks import (
 )
 from awconv.callbacks.checkpoints import LAST, read_checkpoint
 from awconv.callbacks.wandb_run import describe_runs
-from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import (
     construct,

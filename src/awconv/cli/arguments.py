@@ -12,11 +12,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
-import yaml
-
+from awconv import config_text
 from awconv.callbacks import BestCheckpoint
 from awconv.callbacks.checkpoints import direction, find_newest, find_run, read_checkpoint
-from awconv.cli import config_text
 from awconv.errors import InputError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -136,14 +134,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         there = {p.name: str(p) for p in Path("configs").glob("**/*.yaml")}
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"; did you mean {there[near[0]]}?" if near else "; give a YAML file"
-        raise InputError(f"config {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
-    try:
-        content = config_text.load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"config {str(path)!r} holds {type(content).__name__}, not sections such as model: and data:")
-    return content
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise InputError(f"config {str(path)!r} {what}{hint}")
+    return config_text.load_file(path)
 
 
 def _refuse_linked(flags: list[str], configs: list[dict[str, Any]]) -> None:
