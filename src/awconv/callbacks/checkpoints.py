@@ -324,6 +324,11 @@ def _check_monitors(trainer: L.Trainer) -> None:
         # Lightning's default is min; the other way round somebody has typed it
         if mode == "min" and isinstance(monitor, str) and direction(monitor) == "max":
             raise InputError(f"{name}.mode='min': a higher {monitor} is better; give mode max")
+        filename = Path(getattr(callback, "filename", None) or "")
+        if isinstance(callback, ModelCheckpoint) and (filename.is_absolute() or ".." in filename.parts):
+            raise InputError(
+                f"{name}.filename={callback.filename!r} leads out of its folder; give another folder with dirpath"
+            )
         if isinstance(callback, ModelCheckpoint) and _is_same(callback.dirpath or "", folder or ""):
             if callback.save_last:
                 raise InputError(f"{name}.save_last={callback.save_last}: {LAST} is kept anyway; leave save_last out")

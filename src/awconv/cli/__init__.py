@@ -38,8 +38,8 @@ from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import (
     construct,
     refused_by_library,
-    require_one_accumulation,
     require_sensible_numbers,
+    require_sensible_trainer,
 )
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
@@ -185,7 +185,7 @@ class AWConvCLI(LightningCLI):
             if self._refused is not None:
                 raise self._refused from None
             raise
-        require_one_accumulation(self.trainer)
+        require_sensible_trainer(self.trainer)
         describe_runs(
             self.trainer.loggers,
             experiment_name(config),

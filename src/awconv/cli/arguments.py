@@ -66,7 +66,9 @@ def complete(args: list[str]) -> list[str]:
     base = checkpoint = None
     if asked and asked[-1] not in ("null", "None"):
         roots = [
-            str(c["trainer"]["default_root_dir"]) for c in configs if "default_root_dir" in (c.get("trainer") or {})
+            str(c["trainer"]["default_root_dir"])
+            for c in configs
+            if isinstance(c.get("trainer"), dict) and "default_root_dir" in c["trainer"]
         ]
         roots += _split(flags, r"--trainer\.default_root_dir")[0]
         checkpoint = _resolve_checkpoint(asked[-1], Path(roots[-1] if roots else "runs"))
@@ -109,8 +111,14 @@ def _names_a_class(config: dict[str, Any]) -> bool:
 
 
 def _initial_weights(config: dict[str, Any]) -> Any:
+    return _init_args(config).get("initial_weights")
+
+
+def _init_args(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a config's model, where it gives any and they are options."""
     model = config.get("model")
-    return (model.get("init_args") or {}).get("initial_weights") if isinstance(model, dict) else None
+    options = model.get("init_args") if isinstance(model, dict) else None
+    return options if isinstance(options, dict) else {}
 
 
 def _split(words: list[str], option: str) -> tuple[list[str], list[str]]:
@@ -136,14 +144,19 @@ def _read_config(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {there[near[0]]}?" if near else "; give a YAML file"
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise InputError(f"config {str(path)!r} {what}{hint}")
-    return config_text.load_file(path)
+    content = config_text.load_file(path)
+    for name in ("trainer", "checkpoint", "last_checkpoint"):  # the parser would pass over them
+        section = content.get(name, {})
+        if not isinstance(section, dict | str):
+            kind = "nothing" if section is None else type(section).__name__
+            raise InputError(f"config {str(path)!r}: {name} holds {kind}, not options; give some, or leave it out")
+    return content
 
 
 def _refuse_linked(flags: list[str], configs: list[dict[str, Any]]) -> None:
     typed = {match[1] for flag in flags if (match := re.match(r"--model\.(?:init_args\.)?(\w+)(?:=|$)", flag))}
     for config in configs:
-        model = config.get("model")
-        typed |= set(model.get("init_args") or {}) if isinstance(model, dict) else set()
+        typed |= set(_init_args(config))
     if given := typed & set(LINKED):
         raise InputError(
             f"model.{sorted(given)[0]} is taken from the data and cannot be given; change the data instead"

@@ -1,5 +1,6 @@
 """Options that cannot work, found before anything runs."""
 
+import inspect
 import re
 import sys
 import traceback
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 
 from awconv.errors import InputError, is_number
@@ -22,12 +24,19 @@ _LIBRARIES = {
     *("wandb", "mlflow", "comet_ml", "tensorboard", "tensorboardX", "neptune", "litlogger"),
     *sys.stdlib_module_names,
 }
-_MINIMA = {
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "log_every_n_steps": 0,
-    "num_sanity_val_steps": -1,
-    "gradient_clip_val": 0,
+_MINIMA: dict[str, dict[str, float]] = {
+    "Trainer": {
+        "accumulate_grad_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "log_every_n_steps": 0,
+        "num_sanity_val_steps": -1,
+        "gradient_clip_val": 0,
+        "min_epochs": 0,
+        "min_steps": 0,
+    },
+    "EarlyStopping": {"patience": 0},
+    "LearningRateFinder": {"min_lr": 1e-12, "max_lr": 1e-12, "num_training_steps": 1},
+    "BatchSizeFinder": {"steps_per_trial": 1, "init_val": 1, "max_trials": 1},
 }
 
 
@@ -43,12 +52,11 @@ def require_sensible_numbers(config: Any, command: str) -> None:
     """
     for name, value in _numbers(config, ""):
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise InputError(f"{name}={value}: expected a whole number below 2**63; give a smaller one")
+            # Python refuses to print more digits than some thousands
+            said = value if value.bit_length() < 1000 else f"{hex(value)[:40]}..."
+            raise InputError(f"{name}={said}: expected a whole number below 2**63; give a smaller one")
     trainer = config.trainer
-    for name, low in _MINIMA.items():
-        value = trainer.get(name)
-        if value is not None and not (is_number(value) and value >= low):
-            raise InputError(f"trainer.{name}={value}: expected a number of at least {low}, or null for the default")
+    _require_minima("trainer.", "Trainer", trainer)
     every = trainer.get("val_check_interval")
     if is_number(every) and every <= 0:
         raise InputError(
@@ -60,6 +68,19 @@ def require_sensible_numbers(config: Any, command: str) -> None:
             "trainer.limit_train_batches=0: expected at least one batch to train on; to measure without training use "
             "the command validate or test"
         )
+    for name in ("max_epochs", "max_steps"):
+        if command == "fit" and trainer.get(name) == 0 and not config.get("ckpt_path"):
+            raise InputError(
+                f"trainer.{name}=0 trains nothing; give at least 1, or to measure without training the command "
+                "validate or test"
+            )
+
+
+def _require_minima(prefix: str, kind: str, options: Any) -> None:
+    for name, low in _MINIMA.get(kind, {}).items():
+        value = options.get(name)
+        if value is not None and not (is_number(value) and value >= low):
+            raise InputError(f"{prefix}{name}={value}: expected a number of at least {low}, or null for the default")
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -73,8 +94,11 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def require_one_accumulation(trainer: L.Trainer) -> None:
-    """Refuses two answers to how many batches make a step."""
+def require_sensible_trainer(trainer: L.Trainer) -> None:
+    """Refuses two answers to how many batches make a step, and no time to make one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
+            raise InputError("trainer.max_time, or the duration of Timer, leaves no time to train; give more, or null")
     given = trainer.accumulate_grad_batches
     scheduler = accumulation_scheduler(trainer)
     if given != 1 and scheduler is not None and scheduler.going_to_accumulate_grad_batches():
@@ -93,8 +117,11 @@ def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
         kwargs: Its arguments by name.
 
     Raises:
-        InputError: If a library's constructor refuses the arguments, or needs a package that is not installed.
+        InputError: If a library's constructor refuses the arguments, or needs a package that is not installed; if the
+            class takes no such argument, or not null.
     """
+    _require_minima(f"{cls.__name__}.", cls.__name__, kwargs)
+    _refuse_null(cls, kwargs)
     try:
         return cls(*args, **kwargs)
     except InputError:
@@ -105,7 +132,23 @@ def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
         at_fault = all(map(_is_library, frames)) if frames else _root(cls.__module__) in _LIBRARIES
         if at_fault or isinstance(error, MisconfigurationException):
             raise InputError(_refusal(cls, error, kwargs)) from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        # one that the class names itself, its code has passed on where it should not
+        if unknown and unknown[1] in kwargs and unknown[1] not in inspect.signature(cls).parameters:
+            raise InputError(f"{cls.__name__} has no option {unknown[1]!r}; leave it out") from error
         raise
+
+
+def _refuse_null(cls: type, options: Mapping[str, Any]) -> None:
+    """Refuses null for what has another type: the parser takes it for any option of a class."""
+    for name in [name for name, value in options.items() if value is None]:
+        for ancestor in cls.__mro__:
+            hints = getattr(vars(ancestor).get("__init__"), "__annotations__", {})
+            if name in hints:
+                if hints[name] in (bool, int, float, str):
+                    kind = hints[name].__name__
+                    raise InputError(f"{name}=null: expected {kind}; give one, or leave {name} out for the default")
+                break
 
 
 def refused_by_library(error: Exception) -> str | None:
