@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from pkgutil import resolve_name
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 
+from awconv.cli.arguments import LINKED
 from awconv.errors import InputError, is_number
 from awconv.tasks.schedule import accumulation_scheduler
 
@@ -75,6 +77,37 @@ def require_sensible_numbers(config: Any, command: str) -> None:
                 "validate or test"
             )
 
+    for name, spec in _objects(config, ""):
+        _require_sensible_object(name, spec)
+
+
+def _require_sensible_object(name: str, spec: Namespace) -> None:
+    """Refuses what the parser lets through to a constructor that cannot do with it."""
+    kind, options = resolve_name(spec.class_path), vars(spec.init_args) if spec.get("init_args") else {}
+    if not isinstance(kind, type):  # a function that makes the object
+        return
+    _require_minima(f"{kind.__name__}.", kind.__name__, options)
+    if _root(kind.__module__) == "awconv" and spec.get("dict_kwargs"):
+        raise InputError(f"{name}: {kind.__name__} has no option {min(spec.dict_kwargs)!r}; leave it out")
+    for option in [option for option, value in options.items() if value is None and option not in LINKED]:
+        constructors = (vars(cls)["__init__"] for cls in kind.__mro__ if "__init__" in vars(cls))
+        found = (inspect.signature(one).parameters.get(option) for one in constructors)
+        parameter = next(filter(None, found), None)
+        if parameter and parameter.annotation in (bool, int, float, str) and parameter.default is not None:
+            expected = parameter.annotation.__name__
+            raise InputError(f"{name}.{option}=null: expected {expected}; give one, or leave it out for the default")
+
+
+def _objects(value: Any, name: str) -> Iterator[tuple[str, Namespace]]:
+    if isinstance(value, Namespace):
+        if isinstance(value.get("class_path"), str):
+            yield name, value
+        for key, inner in vars(value).items():
+            yield from _objects(inner, f"{name}.{key}" if name and key != "init_args" else name or key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _objects(inner, name)
+
 
 def _require_minima(prefix: str, kind: str, options: Any) -> None:
     for name, low in _MINIMA.get(kind, {}).items():
@@ -117,11 +150,8 @@ def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
         kwargs: Its arguments by name.
 
     Raises:
-        InputError: If a library's constructor refuses the arguments, or needs a package that is not installed; if the
-            class takes no such argument, or not null.
+        InputError: If a library's constructor refuses the arguments, or needs a package that is not installed.
     """
-    _require_minima(f"{cls.__name__}.", cls.__name__, kwargs)
-    _refuse_null(cls, kwargs)
     try:
         return cls(*args, **kwargs)
     except InputError:
@@ -132,23 +162,7 @@ def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
         at_fault = all(map(_is_library, frames)) if frames else _root(cls.__module__) in _LIBRARIES
         if at_fault or isinstance(error, MisconfigurationException):
             raise InputError(_refusal(cls, error, kwargs)) from error
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        # one that the class names itself, its code has passed on where it should not
-        if unknown and unknown[1] in kwargs and unknown[1] not in inspect.signature(cls).parameters:
-            raise InputError(f"{cls.__name__} has no option {unknown[1]!r}; leave it out") from error
         raise
-
-
-def _refuse_null(cls: type, options: Mapping[str, Any]) -> None:
-    """Refuses null for what has another type: the parser takes it for any option of a class."""
-    for name in [name for name, value in options.items() if value is None]:
-        for ancestor in cls.__mro__:
-            hints = getattr(vars(ancestor).get("__init__"), "__annotations__", {})
-            if name in hints:
-                if hints[name] in (bool, int, float, str):
-                    kind = hints[name].__name__
-                    raise InputError(f"{name}=null: expected {kind}; give one, or leave {name} out for the default")
-                break
 
 
 def refused_by_library(error: Exception) -> str | None:
