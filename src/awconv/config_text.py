@@ -10,10 +10,12 @@ which may be a file of secrets named by mistake: it says where the fault is, and
 """
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import jsonargparse._typehints
 import yaml
 from jsonargparse import set_dumper, set_loader
 
@@ -22,9 +24,9 @@ from awconv.errors import InputError
 MODE = "awconv"
 """What jsonargparse calls this dialect."""
 
-# The class names of ImageNet-21k take up to 1 MB; what is at these limits is read in about three seconds.
+# The class names of ImageNet-21k take up to 1 MB; what is at these limits is parsed in about 20 seconds.
 _MAX_BYTES = 2 * 2**20
-_MAX_VALUES = 200_000
+_MAX_VALUES = 30_000
 _MAX_DEPTH = 100
 _MAX_DIGITS = 1000
 _TOO_DEEP = f"more than {_MAX_DEPTH} levels of nesting"
@@ -221,6 +223,13 @@ def dump(config: Any) -> str:
     return text
 
 
+def _copied(value: Any) -> Any:
+    # With each item of a list jsonargparse copies the whole list: a thousand class names would take 15 seconds.
+    given = [value.get(name) for name in ("orig_val", "prev_val")] if isinstance(value, dict) else []
+    return deepcopy(value, {id(items): items for items in given if type(items) is list and len(items) > 100})
+
+
+jsonargparse._typehints.deepcopy = _copied  # type: ignore[attr-defined]
 _Path.read_text = _read_text
 set_loader(MODE, _load_value, exceptions=(yaml.YAMLError,))
 set_dumper(MODE, dump)

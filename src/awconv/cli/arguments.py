@@ -145,7 +145,10 @@ def _read_config(path: Path) -> dict[str, Any]:
         what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise InputError(f"config {str(path)!r} {what}{hint}")
     content = config_text.load_file(path)
-    for name in ("trainer", "checkpoint", "last_checkpoint"):  # the parser would pass over them
+    # the parser would pass over them
+    if content.get("config") is not None and not isinstance(content["config"], str):
+        raise InputError(f"config {str(path)!r}: config is no path; name further configs with -c")
+    for name in ("trainer", "checkpoint", "last_checkpoint"):
         section = content.get(name, {})
         if not isinstance(section, dict | str):
             kind = "nothing" if section is None else type(section).__name__

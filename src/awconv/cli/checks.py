@@ -1,6 +1,7 @@
 """Options that cannot work, found before anything runs."""
 
 import inspect
+import math
 import re
 import sys
 import traceback
@@ -89,6 +90,9 @@ def _require_sensible_object(name: str, spec: Namespace) -> None:
     _require_minima(f"{kind.__name__}.", kind.__name__, options)
     if _root(kind.__module__) == "awconv" and spec.get("dict_kwargs"):
         raise InputError(f"{name}: {kind.__name__} has no option {min(spec.dict_kwargs)!r}; leave it out")
+    for option, value in options.items():
+        if isinstance(value, float) and math.isnan(value) and _root(kind.__module__) in ("awconv", "lightning"):
+            raise InputError(f"{name}.{option}={value}: expected a number")
     for option in [option for option, value in options.items() if value is None and option not in LINKED]:
         constructors = (vars(cls)["__init__"] for cls in kind.__mro__ if "__init__" in vars(cls))
         found = (inspect.signature(one).parameters.get(option) for one in constructors)
@@ -130,7 +134,8 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 def require_sensible_trainer(trainer: L.Trainer) -> None:
     """Refuses two answers to how many batches make a step, and no time to make one."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
             raise InputError("trainer.max_time, or the duration of Timer, leaves no time to train; give more, or null")
     given = trainer.accumulate_grad_batches
     scheduler = accumulation_scheduler(trainer)

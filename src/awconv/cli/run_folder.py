@@ -65,7 +65,8 @@ def _checkpoint_folders(config: Any) -> Iterator[tuple[str, str]]:
     for name, section in sections.items():
         folder = section.get("dirpath", None) if section else None
         if folder is not None and "://" not in str(folder):
-            yield f"{name}.dirpath", str(folder)
+            # Lightning makes the folder that a link leads to
+            yield f"{name}.dirpath", folder and os.path.realpath(Path(folder).expanduser())
 
 
 def experiment_name(config: Any) -> str:
@@ -110,6 +111,8 @@ def _writable(argument: str, folder: str | None) -> str:
         raise InputError(f"{argument} is empty; give a folder, such as runs")
     there = Path(folder)
     while not there.exists():
+        if there.is_symlink():
+            raise InputError(f"{argument}={folder!r}: {there} is a link that leads nowhere; give another folder")
         there = there.parent
     if not there.is_dir():
         raise InputError(f"{argument}={folder!r}: {there} is no folder; give another")
