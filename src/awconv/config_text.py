@@ -229,7 +229,7 @@ def _copied(value: Any) -> Any:
     return deepcopy(value, {id(items): items for items in given if type(items) is list and len(items) > 100})
 
 
-jsonargparse._typehints.deepcopy = _copied  # type: ignore[attr-defined]
+jsonargparse._typehints.deepcopy = _copied  # type: ignore[assignment, attr-defined]
 _Path.read_text = _read_text
 set_loader(MODE, _load_value, exceptions=(yaml.YAMLError,))
 set_dumper(MODE, dump)
