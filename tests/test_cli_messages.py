@@ -1,13 +1,17 @@
 """Options that cannot work: one line before training, and no folder of a run that never was."""
 
+import errno
 import os
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from awconv.cli.messages import bad_input
+from awconv.errors import InputError
 from refusals import refused
 
 SHORT = [
@@ -58,9 +62,9 @@ def callback(name: str, **options: object) -> list[str]:
         (callback("BatchSizeFinder", steps_per_trial=0), ["BatchSizeFinder.steps_per_trial=0", "at least 1"]),
         (callback("ModelCheckpoint", filename="../../x"), ["ModelCheckpoint.filename='../../x'", "dirpath"]),
         (callback("ModelCheckpoint", filename="/tmp/x"), ["ModelCheckpoint.filename='/tmp/x'", "dirpath"]),
-        (callback("ModelCheckpoint", dirpath="/dev/null/x"), ["ModelCheckpoint.dirpath=", "/dev/null is no folder"]),
+        (callback("ModelCheckpoint", dirpath="/dev/null/x"), ["trainer.callbacks.dirpath=", "/dev/null is no folder"]),
         (["--checkpoint.dirpath=/dev/null/x"], ["checkpoint.dirpath=", "/dev/null is no folder"]),
-        (["--checkpoint.dirpath="], ["checkpoint.dirpath is empty"]),
+        (["--checkpoint.dirpath="], ["checkpoint.dirpath=''", "not named"]),
         (["--last_checkpoint.dirpath=/dev/null"], ["last_checkpoint.dirpath=", "/dev/null is no folder"]),
         (["--checkpoint.mode="], ["checkpoint.mode=''", "'min', 'max'"]),
         (["--model="], ["model=''", "ClassificationTask"]),
@@ -236,13 +240,51 @@ def test_a_metric_of_training_that_does_not_exist(cli, tmp_path):
     refused(result, "EarlyStopping(monitor='train/nope')", "train/loss")
 
 
-def test_no_memory_for_what_is_asked(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4000000000000 bytes."),
+    ],
+    ids=["cpu", "cuda"],
+)
+def test_no_memory_for_what_is_asked(cli, tmp_path, monkeypatch, error):
     def allocate(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes.")
+        raise error
 
     monkeypatch.setattr(L.LightningModule, "on_after_backward", allocate)
     result = cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}")
     refused(result, "out of memory", "4000000000000 bytes", "--data.batch_size")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "give a smaller --data.batch_size"),
+        (RuntimeError("CUDA error: out of memory"), "give a smaller --data.batch_size"),
+        (np.exceptions.AxisError("a bug"), None),
+        (RuntimeError("a bug"), None),
+        (KeyError("config"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a bug"), None),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/a"), "/a cannot be opened (Too many"),
+        (OSError(errno.ENOTDIR, "Not a directory", "/a"), "/a cannot be opened (Not a directory)"),
+        (OSError(errno.EISDIR, "Is a directory", "/a"), "/a cannot be opened (Is a directory)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a cannot be opened (Permission denied)"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), "make room"),
+        (
+            InputError(
+                "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                '  File "x.py", line 1, in f\nawconv.errors.InputError: a.png: it is damaged\n'
+            ),
+            "a.png: it is damaged",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_bad_input_and_what_is_a_bug(error, says):
+    said = bad_input(error)
+    assert (said is None) == (says is None)
+    assert said is None or (says in said and "Traceback" not in said)
 
 
 class Faulty(L.Callback):

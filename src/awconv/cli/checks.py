@@ -1,12 +1,16 @@
 """Options that cannot work, found before anything runs."""
 
+import errno
 import inspect
 import math
+import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -80,6 +84,31 @@ def require_sensible_numbers(config: Any, command: str) -> None:
 
     for name, spec in _objects(config, ""):
         _require_sensible_object(name, spec)
+    if command == "fit":
+        sections = {"checkpoint": config.checkpoint, "last_checkpoint": config.last_checkpoint}
+        sections |= {name: spec.init_args for name, spec in _objects(config, "") if spec.get("init_args")}
+        for name, options in sections.items():
+            folder = options.get("dirpath")
+            if isinstance(folder, str) and "://" not in folder:
+                _require_writable(f"{name}.dirpath", folder)
+
+
+def _require_writable(argument: str, folder: str) -> None:
+    """Refuses a folder for checkpoints in which none could be written, before an epoch is lost on it."""
+    # Lightning makes the folder that a link leads to
+    there = Path(os.path.realpath(Path(folder).expanduser()))
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    why = "the folder is not named" if not folder else f"{there} is no folder" if not there.is_dir() else ""
+    if not why:
+        try:  # what a file system says of its permissions need not be so
+            with TemporaryDirectory(dir=there):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a resumed run may find room before it writes
+                why = f"{there} cannot be written to ({error.strerror})"
+    if why:
+        raise InputError(f"{argument}={folder!r}: {why}; give another")
 
 
 def _require_sensible_object(name: str, spec: Namespace) -> None:

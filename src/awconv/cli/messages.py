@@ -30,8 +30,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _NO_WAY = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE)
 # what torch and NumPy say of sizes beyond what there is, or beyond what can be counted
 _NO_MEMORY = re.compile(
-    "not enough memory|can't allocate memory|Storage size calculation overflowed|array is too big|"
-    "Maximum allowed (dimension|size) exceeded"
+    "not enough memory|can't allocate memory|CUDA error: out of memory|STATUS_ALLOC_FAILED|"
+    "Storage size calculation overflowed|array is too big|Maximum allowed (dimension|size) exceeded"
 )
 # what gloo and the rendezvous say when the process at the other end is gone
 PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|failed to recv, got 0 bytes")
@@ -190,7 +190,10 @@ def _nearest_option(name: str, parser: LightningArgumentParser) -> str:
 
 def bad_input(error: BaseException) -> str | None:
     """Finds what the user did wrong behind an exception; the parser wraps those of constructors in its own."""
-    text = " ".join(str(error).split())
+    said = str(error)
+    if "Original Traceback" in said:  # of a worker, which raised what the last line says
+        said = said.rstrip().rpartition("\n")[2].partition(": ")[2]
+    text = " ".join(said.split())
     if isinstance(error, InputError):
         return text
     if isinstance(error, MisconfigurationException):

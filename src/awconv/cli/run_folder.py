@@ -7,7 +7,6 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
@@ -38,9 +37,6 @@ def choose_folder(config: Any, command: str) -> str:
     Raises:
         InputError: If nothing can be written there, or ``run_dir`` holds something.
     """
-    if command == "fit":
-        for name, folder in _checkpoint_folders(config):
-            _writable(name, folder)
     if config.resume:
         return _writable("resume", config.resume)
     if config.run_dir:
@@ -54,19 +50,6 @@ def choose_folder(config: Any, command: str) -> str:
     # processes and users that start in the same second must not share a folder
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     return str(Path(root, experiment_name(config), stamp if command == "fit" else f"{stamp}-{command}"))
-
-
-def _checkpoint_folders(config: Any) -> Iterator[tuple[str, str]]:
-    """What names a folder of its own for checkpoints, and which."""
-    callbacks = config.trainer.callbacks
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    sections = {name: config[name] for name in ("checkpoint", "last_checkpoint")}
-    sections |= {f"trainer.callbacks: {str(c.class_path).rpartition('.')[2]}": c.get("init_args") for c in callbacks}
-    for name, section in sections.items():
-        folder = section.get("dirpath", None) if section else None
-        if folder is not None and "://" not in str(folder):
-            # Lightning makes the folder that a link leads to
-            yield f"{name}.dirpath", folder and os.path.realpath(Path(folder).expanduser())
 
 
 def experiment_name(config: Any) -> str:
@@ -108,11 +91,9 @@ def remove_if_nothing_ran(run_dir: Path) -> None:
 
 def _writable(argument: str, folder: str | None) -> str:
     if not folder:
-        raise InputError(f"{argument} is empty; give a folder, such as runs")
+        raise InputError(f"{argument} is empty; give the folder that runs go to, such as runs")
     there = Path(folder)
     while not there.exists():
-        if there.is_symlink():
-            raise InputError(f"{argument}={folder!r}: {there} is a link that leads nowhere; give another folder")
         there = there.parent
     if not there.is_dir():
         raise InputError(f"{argument}={folder!r}: {there} is no folder; give another")
