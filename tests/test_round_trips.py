@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks.timer import Interval
 from PIL import Image
 
-from awconv.cli import config_text
+from awconv import config_text
 from awconv.files import read_csv
 
 NAMES = [
@@ -83,10 +83,41 @@ def test_scalars(text, value):
     assert same(config_text.load(text), value)
 
 
-@pytest.mark.parametrize("text", ["!!int x", "!!timestamp x", "[a", "9" * 5000])
-def test_what_cannot_be_read_is_one_kind_of_error(text):
-    with pytest.raises(yaml.YAMLError):
+BOMB = "a: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+CHAIN = "a: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("!!int x", "not what its tag says"), ("!!bool x", "not what its tag says"), ("!!int ''", "not what its tag says"),
+     ("!!timestamp x", "tag"), ("!!binary aGk=", "tag"), ("!!set {a}", "tag"), ("!!python/object:os.system x", "tag"),
+     ("[a", "line 1, column 3"), ("a: \0", "line 1: the character U\\+0000"), ("*secret", "undefined alias$"),
+     ("9" * 10**6, "too many digits"), ("0x" + "f" * 10**6, "too many digits"), ("&a [*a]", "part of"),
+     ("a: &a {b: *a}", "part of"), (BOMB, "30000 values"), (CHAIN, "100 levels"), ("[" * 3000, "100 levels"),
+     ("{a: " * 3000, "100 levels"), ("- " * 3000, "100 levels"), ("#" * 3_000_000, "2 MiB"),
+     ("[" + "1," * 40000 + "]", "30000 values"),
+     ("a: 1\nb: 2\n'a': 3", "line 3, column 1: 'a' is given twice, first in line 1"),
+     ("a: {1: x, 0x1: y}", "'1' is given twice"), ("? [a]\n: b", "unhashable")],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_kind_of_error(text, says):
+    with pytest.raises(yaml.YAMLError, match=says) as error:
         config_text.load(text)
+    assert len(str(error.value)) < 200
+
+
+def test_anchors_and_merge_keys_are_read():
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: [*a, {z: 4}], <<: {w: 5}}\nd: *a"
+    a = {"x": 1, "y": 2}
+    assert config_text.load(text) == {"a": a, "b": {"x": 3, "y": 2}, "c": {**a, "z": 4, "w": 5}, "d": a}
+    assert config_text.load("[" * 100 + "]" * 100)
+    assert len(config_text.load("[" + "1," * 25000 + "]")) == 25000
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_as_windows_does(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_bytes("\ufeffä: 1\r\nb: 2\r\n".encode())
+    assert config_text.load_file(path) == {"ä": 1, "b": 2}
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------

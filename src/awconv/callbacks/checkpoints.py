@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from awconv import config_text
 from awconv.checkpoint import BEST, LAST, PREVIOUS, begins_afresh, read_checkpoint
 from awconv.errors import InputError, require_int, require_number
 from awconv.files import atomic_write
@@ -337,6 +337,11 @@ def _check_monitors(trainer: L.Trainer) -> None:
         # Lightning's default is min; the other way round somebody has typed it
         if mode == "min" and isinstance(monitor, str) and direction(monitor) == "max":
             raise InputError(f"{name}.mode='min': a higher {monitor} is better; give mode max")
+        filename = Path(getattr(callback, "filename", None) or "")
+        if isinstance(callback, ModelCheckpoint) and (filename.is_absolute() or ".." in filename.parts):
+            raise InputError(
+                f"{name}.filename={callback.filename!r} leads out of its folder; give another folder with dirpath"
+            )
         if isinstance(callback, ModelCheckpoint) and _is_same(callback.dirpath or "", folder or ""):
             if callback.save_last:
                 raise InputError(f"{name}.save_last={callback.save_last}: {LAST} is kept anyway; leave save_last out")
@@ -567,7 +572,7 @@ def find_run(given: Path) -> tuple[Path, Path]:
             if path.is_file():
                 return given, path
     config = given / CONFIG
-    if config.is_file() and config.read_text(encoding="utf-8").startswith(config_heading("fit")):
+    if config.is_file() and config_text.read(config).startswith(config_heading("fit")):
         return given, config
     what = "holds no checkpoint, and is not of a fit that was about to begin" if given.is_dir() else "does not exist"
     raise InputError(f"resume={str(given)!r} {what}; give the folder of a run")
@@ -580,10 +585,11 @@ def find_newest(root: Path) -> Path | None:
         The folder that holds its ``best.ckpt`` or ``last.ckpt``, or both; None if no run has any.
     """
     folders = {path.parent for path in root.glob("**/checkpoints/*.ckpt")}
+    heading = config_heading("fit")
     for config in root.glob(f"**/{CONFIG}"):
-        if not (config.parent / "checkpoints").is_dir():  # they may lie elsewhere
+        if config.is_file() and not (config.parent / "checkpoints").is_dir():  # they may lie elsewhere
             with config.open(encoding="utf-8", errors="replace") as file:
-                if file.readline() == config_heading("fit"):
+                if file.readline(len(heading)) == heading:
                     folders.update(_checkpoint_folders(config.parent))
     written = [path for folder in folders for path in (folder / BEST, folder / LAST) if path.is_file()]
     return max(written, key=lambda path: path.stat().st_mtime).parent if written else None
@@ -591,13 +597,13 @@ def find_newest(root: Path) -> Path | None:
 
 def _checkpoint_folders(run: Path) -> list[Path]:
     """Where the checkpoints of a run may lie: below it, or where its config says."""
-    config, content = run / CONFIG, None
-    if config.is_file():
-        with suppress(yaml.YAMLError, UnicodeDecodeError):  # of an editor's making; whoever parses it will say so
-            content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    content = content if isinstance(content, dict) else {}
-    elsewhere = [(content.get(section) or {}).get("dirpath") for section in ("last_checkpoint", "checkpoint")]
-    return [run / "checkpoints", *map(Path, filter(None, elsewhere))]
+    sections: list[Any] = []
+    if (run / CONFIG).is_file():
+        with suppress(InputError):  # of an editor's making; whoever parses it will say so
+            content = config_text.load_file(run / CONFIG)
+            sections = [content.get(name) for name in ("last_checkpoint", "checkpoint")]
+    elsewhere = [section.get("dirpath") for section in sections if isinstance(section, dict)]
+    return [run / "checkpoints", *(Path(folder) for folder in elsewhere if folder and isinstance(folder, str))]
 
 
 def config_heading(command: str) -> str:

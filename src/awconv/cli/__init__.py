@@ -18,6 +18,7 @@ from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
+from awconv import config_text
 from awconv.callbacks import (
     AttentionMonitor,
     BestCheckpoint,
@@ -33,13 +34,12 @@ from awconv.callbacks import (
 )
 from awconv.callbacks.wandb_run import describe_runs
 from awconv.checkpoint import LAST, begins_afresh, read_checkpoint
-from awconv.cli import config_text
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import (
     construct,
     refused_by_library,
-    require_one_accumulation,
     require_sensible_numbers,
+    require_sensible_trainer,
 )
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
@@ -191,7 +191,7 @@ class AWConvCLI(LightningCLI):
             if self._refused is not None:
                 raise self._refused from None
             raise
-        require_one_accumulation(self.trainer)
+        require_sensible_trainer(self.trainer)
         describe_runs(
             self.trainer.loggers,
             experiment_name(config),

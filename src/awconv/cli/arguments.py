@@ -12,12 +12,10 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
-import yaml
-
+from awconv import config_text
 from awconv.callbacks import BestCheckpoint
 from awconv.callbacks.checkpoints import direction, find_newest, find_run
 from awconv.checkpoint import foreign_code, read_checkpoint
-from awconv.cli import config_text
 from awconv.errors import InputError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -74,7 +72,9 @@ def complete(args: list[str]) -> list[str]:
     base = checkpoint = None
     if asked and asked[-1] not in ("null", "None"):
         roots = [
-            str(c["trainer"]["default_root_dir"]) for c in configs if "default_root_dir" in (c.get("trainer") or {})
+            str(c["trainer"]["default_root_dir"])
+            for c in configs
+            if isinstance(c.get("trainer"), dict) and "default_root_dir" in c["trainer"]
         ]
         roots += _split(flags, r"--trainer\.default_root_dir")[0]
         checkpoint = _resolve_checkpoint(asked[-1], Path(roots[-1] if roots else "runs"))
@@ -137,8 +137,14 @@ def _names_a_class(config: dict[str, Any]) -> bool:
 
 
 def _initial_weights(config: dict[str, Any]) -> Any:
+    return _init_args(config).get("initial_weights")
+
+
+def _init_args(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a config's model, where it gives any and they are options."""
     model = config.get("model")
-    return (model.get("init_args") or {}).get("initial_weights") if isinstance(model, dict) else None
+    options = model.get("init_args") if isinstance(model, dict) else None
+    return options if isinstance(options, dict) else {}
 
 
 def _split(words: list[str], option: str) -> tuple[list[str], list[str]]:
@@ -162,21 +168,24 @@ def _read_config(path: Path) -> dict[str, Any]:
         there = {p.name: str(p) for p in Path("configs").glob("**/*.yaml")}
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"; did you mean {there[near[0]]}?" if near else "; give a YAML file"
-        raise InputError(f"config {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
-    try:
-        content = config_text.load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"config {str(path)!r} holds {type(content).__name__}, not sections such as model: and data:")
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise InputError(f"config {str(path)!r} {what}{hint}")
+    content = config_text.load_file(path)
+    # the parser would pass over them
+    if content.get("config") is not None and not isinstance(content["config"], str):
+        raise InputError(f"config {str(path)!r}: config is no path; name further configs with -c")
+    for name in ("trainer", "checkpoint", "last_checkpoint"):
+        section = content.get(name, {})
+        if not isinstance(section, dict | str):
+            kind = "nothing" if section is None else type(section).__name__
+            raise InputError(f"config {str(path)!r}: {name} holds {kind}, not options; give some, or leave it out")
     return content
 
 
 def _refuse_linked(flags: list[str], configs: list[dict[str, Any]]) -> None:
     typed = {match[1] for flag in flags if (match := re.match(r"--model\.(?:init_args\.)?(\w+)(?:=|$)", flag))}
     for config in configs:
-        model = config.get("model")
-        typed |= set(model.get("init_args") or {}) if isinstance(model, dict) else set()
+        typed |= set(_init_args(config))
     if given := typed & set(LINKED):
         raise InputError(
             f"model.{sorted(given)[0]} is taken from the data and cannot be given; change the data instead"

@@ -17,9 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from awconv import config_text
 from awconv.callbacks import MetricsFile
 from awconv.callbacks.checkpoints import CONFIG, config_heading
-from awconv.cli import config_text
 from awconv.errors import InputError
 from awconv.files import atomic_write
 

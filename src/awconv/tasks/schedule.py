@@ -138,7 +138,7 @@ class Schedule(LRScheduler):
         Raises:
             InputError: If there is none.
         """
-        steps = [state_dict.get(name) for name in ("last_epoch", "_step_count")]
+        steps: list[Any] = [state_dict.get(name) for name in ("last_epoch", "_step_count")]
         if not all(isinstance(number, int) and 0 <= number < 2**63 for number in steps):
             raise InputError(
                 f"the checkpoint does not say at which step its schedule was, but {str(steps)[:80]}; start from its "
