@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
@@ -42,7 +43,7 @@ from awconv.cli.checks import (
     require_sensible_numbers,
 )
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
-from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
+from awconv.cli.run_folder import RunFolder, RunRecorder, experiment_name, lead_loggers
 from awconv.cli.surroundings import keep_wandb_files_in, progress_bar, replace_what_cannot_be_shown
 from awconv.data import ClassificationDataModule, COCODataModule
 from awconv.errors import InputError
@@ -92,17 +93,30 @@ class AWConvCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         count_in_whole_numbers(L.Trainer.__init__)
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            save_config_callback=RunRecorder,
-            parser_class=_Parser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        self._folder: RunFolder | None = None
+        try:
+            super().__init__(
+                L.LightningModule,
+                L.LightningDataModule,
+                save_config_callback=RunRecorder,
+                parser_class=_Parser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                args=args,
+            )
+        except BaseException as error:
+            self._clear_away(error)
+            raise
+        finally:
+            if self._folder is not None:
+                self._folder.release()
+
+    def _clear_away(self, error: BaseException) -> None:
+        # who is told to stop by a scheduler is started again, and then finds the config
+        if self._folder is not None and not isinstance(error, Preempted | SIGTERMException):
+            self._folder.remove_if_nothing_ran()
 
     # ---- arguments ---------------------------------------------------------------------------------
 
@@ -164,7 +178,8 @@ class AWConvCLI(LightningCLI):
         self._require_weights(config)
         _require_one_kind(config)
         require_sensible_numbers(config, str(self.subcommand))
-        self.run_dir = choose_folder(config, str(self.subcommand))
+        self._folder = RunFolder(config, str(self.subcommand))
+        self.run_dir = self._folder.path
         config.trainer.default_root_dir = self.run_dir
         lead_loggers(config, self.run_dir)
         keep_wandb_files_in(self.run_dir)
@@ -172,7 +187,7 @@ class AWConvCLI(LightningCLI):
             if section.dirpath is None:
                 section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
         _lead_checkpoints(config.trainer.callbacks, str(config.checkpoint.dirpath))
-        self._folder_is_new = not os.path.lexists(self.run_dir) or not os.listdir(self.run_dir)
+        self._folder.claim_checkpoints(str(config.checkpoint.dirpath), str(config.last_checkpoint.dirpath))
         self.save_config_kwargs = {
             "run_dir": self.run_dir,
             "command": str(self.subcommand),
@@ -261,6 +276,17 @@ class AWConvCLI(LightningCLI):
     # ---- running ---------------------------------------------------------------------------------------
 
     def _run_subcommand(self, subcommand: str) -> None:
+        assert self._folder is not None
+        try:
+            self._run_or_explain(subcommand)
+        except BaseException as error:
+            self._clear_away(error)
+            raise
+        finally:
+            if self.trainer.is_global_zero and not self._folder.is_empty:
+                print(f"run folder: {self.run_dir}")
+
+    def _run_or_explain(self, subcommand: str) -> None:
         try:
             with self._reporting_interrupts():
                 super()._run_subcommand(subcommand)
@@ -276,12 +302,7 @@ class AWConvCLI(LightningCLI):
             said = explanations[0](error) or explanations[1](error)
             if not said:
                 raise
-            if self.trainer.is_global_zero and self._folder_is_new:
-                remove_if_nothing_ran(Path(self.run_dir))
             raise InputError(said) from error
-        finally:
-            if Path(self.run_dir).is_dir() and self.trainer.is_global_zero:
-                print(f"run folder: {self.run_dir}")
 
     _resumed_step: int | None = None
 

@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
@@ -20,36 +21,120 @@ from lightning.pytorch.utilities import rank_zero_only
 from awconv.callbacks import MetricsFile
 from awconv.callbacks.checkpoints import CONFIG, config_heading
 from awconv.cli import config_text
+from awconv.cli.folder_lock import LOCK, FolderLock
 from awconv.errors import InputError
 from awconv.files import atomic_write
 
 _WANDB_ID = "wandb_run_id"
 _SETTINGS = {CONFIG, "hparams.yaml"}
+# .NAME.PID.tmp of atomic_write, and what Lightning's finders of a learning rate and a batch size go back to
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.(lr_find|scale_batch_size)_.+\.ckpt")
+# where Lightning or mpirun starts the processes
+_NODE_RANKS = ("NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
-def choose_folder(config: Any, command: str) -> str:
-    """Says where a command writes to: where ``resume`` or ``run_dir`` say, else ``DEFAULT_ROOT_DIR/DATA-MODEL/TIME``.
+class RunFolder:
+    """The folder that a command writes to, which is its own until it ends.
+
+    It is where ``resume`` or ``run_dir`` say, else ``DEFAULT_ROOT_DIR/DATA-MODEL/TIME``. Only the first process of
+    several makes and locks it.
 
     Args:
         config: The parsed config of the command.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        InputError: If nothing can be written there, or ``run_dir`` holds something.
+        InputError: If nothing can be written there, another run is writing there, or ``run_dir`` holds something.
     """
-    if config.resume:
-        return _writable("resume", config.resume)
-    if config.run_dir:
-        # the first process decides: another one may see what the first has begun to write
-        if _is_first() and Path(config.run_dir).is_dir() and any(Path(config.run_dir).iterdir()):
+
+    def __init__(self, config: Any, command: str) -> None:
+        argument, path = _choose(config, command)
+        self.path = path
+        self._command = command
+        self._resumed = bool(config.resume)
+        self._locks: list[FolderLock] = []
+        self._is_new = False
+        self._claim(argument, path)
+        if self._locks:
+            self._is_new = not self._resumed and self._locks[0].is_empty
+        if config.run_dir and self._locks and not self._is_new and not self._resumed:
+            self.release()
             raise InputError(
                 f"run_dir={config.run_dir!r} is not empty; give a new folder, or let the run there go on by --resume"
             )
-        return _writable("run_dir", config.run_dir)
+
+    def claim_checkpoints(self, *folders: str) -> None:
+        """Locks the folders that ``fit`` writes checkpoints to, and clears away what a killed run left half written.
+
+        Args:
+            folders: The folders.
+
+        Raises:
+            InputError: If another run is writing there.
+        """
+        if self._command != "fit":
+            return
+        for folder in folders:
+            if "://" not in folder:
+                self._claim("checkpoint.dirpath", folder)
+        if self._resumed:
+            for lock in self._locks:
+                _clear_unfinished(lock.folder)
+
+    def _claim(self, argument: str, folder: str) -> None:
+        known = {os.path.realpath(lock.folder) for lock in self._locks}
+        # the first process decides: another one may see what the first has begun to write
+        if _is_first() and os.path.realpath(folder) not in known:
+            self._locks.append(FolderLock(folder, argument))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been written into it."""
+        return all(lock.is_empty for lock in self._locks[:1])
+
+    def remove_if_nothing_ran(self) -> None:
+        """Empties a new folder in which there are no more than settings."""
+        if not self._is_new:
+            return
+        inside = sorted(Path(self.path).glob("**/*"), reverse=True)  # what is in a folder before the folder
+        if {path.name for path in inside if not path.is_dir()} <= {*_SETTINGS, LOCK}:
+            for path in inside:
+                with suppress(OSError):
+                    if path.is_dir():
+                        path.rmdir()
+                    elif path.name != LOCK:
+                        path.unlink()
+
+    def release(self) -> None:
+        """Lets other runs in, and removes the folder and its parents if they are new and empty."""
+        while self._locks:
+            self._locks.pop().release()
+
+
+def _choose(config: Any, command: str) -> tuple[str, str]:
+    """The folder, and the argument that names it."""
+    if config.resume:
+        return "resume", _writable("resume", config.resume)
+    if config.run_dir:
+        return "run_dir", _writable("run_dir", config.run_dir)
     root = _writable("trainer.default_root_dir", config.trainer.default_root_dir)
     # processes and users that start in the same second must not share a folder
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return str(Path(root, experiment_name(config), stamp if command == "fit" else f"{stamp}-{command}"))
+    folder = Path(root, experiment_name(config), stamp if command == "fit" else f"{stamp}-{command}")
+    return "trainer.default_root_dir", str(folder)
+
+
+def _clear_unfinished(folder: Path) -> None:
+    """Removes what a killed process left: the temporary files of :func:`atomic_write`, the checkpoints of tuners."""
+    for place, folders, files in os.walk(folder):
+        if Path(place) != folder and LOCK in files:  # another run's
+            folders.clear()
+            continue
+        for name in filter(_UNFINISHED.fullmatch, files):
+            Path(place, name).unlink(missing_ok=True)
+        for name in filter(_UNFINISHED.fullmatch, folders):
+            shutil.rmtree(Path(place, name), ignore_errors=True)
+        folders[:] = [name for name in folders if name != "wandb" and not _UNFINISHED.fullmatch(name)]
 
 
 def experiment_name(config: Any) -> str:
@@ -82,13 +167,6 @@ def lead_loggers(config: Any, run_dir: str) -> None:
             init_args["id"] = init_args.get("id", None) or known.read_text(encoding="utf-8").strip()
 
 
-def remove_if_nothing_ran(run_dir: Path) -> None:
-    """Removes the folder that a run has made, if its input was refused before it wrote more than its settings."""
-    files = [path for path in run_dir.glob("**/*") if not path.is_dir()]
-    if run_dir.is_dir() and {path.name for path in files} <= _SETTINGS:
-        shutil.rmtree(run_dir)
-
-
 def _writable(argument: str, folder: str | None) -> str:
     if not folder:
         raise InputError(f"{argument} is empty; give the folder that runs go to, such as runs")
@@ -111,7 +189,8 @@ def _writable(argument: str, folder: str | None) -> str:
 
 
 def _is_first() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
+    """Whether this is the first process of all; Lightning's own number does not count the nodes yet."""
+    return getattr(rank_zero_only, "rank", 0) == 0 and all(os.environ.get(name, "0") == "0" for name in _NODE_RANKS)
 
 
 class RunRecorder(SaveConfigCallback):
