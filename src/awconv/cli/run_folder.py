@@ -89,21 +89,21 @@ class RunFolder:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has been written into it."""
-        return all(lock.is_empty for lock in self._locks[:1])
+        """Whether no file has been written into it."""
+        return not any(path.name != LOCK and not path.is_dir() for path in Path(self.path).glob("**/*"))
 
     def remove_if_nothing_ran(self) -> None:
         """Empties a new folder in which there are no more than settings."""
         if not self._is_new:
             return
         inside = sorted(Path(self.path).glob("**/*"), reverse=True)  # what is in a folder before the folder
-        if {path.name for path in inside if not path.is_dir()} <= {*_SETTINGS, LOCK}:
+        files = [path for path in inside if path.name != LOCK and not path.is_dir()]
+        if {path.name for path in files} <= _SETTINGS:
+            for path in files:
+                path.unlink(missing_ok=True)
             for path in inside:
-                with suppress(OSError):
-                    if path.is_dir():
-                        path.rmdir()
-                    elif path.name != LOCK:
-                        path.unlink()
+                with suppress(OSError):  # one that still holds a lock goes with it
+                    path.rmdir()
 
     def release(self) -> None:
         """Lets other runs in, and removes the folder and its parents if they are new and empty."""
