@@ -21,6 +21,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if path.is_dir():  # over which os.replace would not go
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has no name
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -300,9 +300,14 @@ class AWConvCLI(LightningCLI):
             if isinstance(error, MisconfigurationException):
                 explanations.reverse()
             said = explanations[0](error) or explanations[1](error)
+            if not said and isinstance(error, FileNotFoundError) and self._has_lost_its_folder():
+                said = f"{error.filename}: somebody has removed or renamed the run's folder while it was writing there"
             if not said:
                 raise
             raise InputError(said) from error
+
+    def _has_lost_its_folder(self) -> bool:
+        return self.trainer.is_global_zero and not os.path.isdir(self.run_dir)
 
     _resumed_step: int | None = None
 
@@ -335,8 +340,11 @@ class AWConvCLI(LightningCLI):
         # by its path: "best" makes Lightning warn that there are two checkpoint callbacks
         keepers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
         best = keepers[0].best_model_path if keepers else ""
+        why = "no best checkpoint was written (nothing was validated)"
+        if self.trainer.strategy.broadcast(bool(best) and not Path(best).is_file()):
+            best, why = "", f"{best} is not there any more"
         if not best and self.trainer.is_global_zero:
-            print("no best checkpoint was written (nothing was validated): testing the last weights", file=sys.stderr)
+            print(f"{why}: testing the last weights", file=sys.stderr)
         results = self.trainer.test(
             self.model, datamodule=self.datamodule, ckpt_path=best or None, weights_only=True if best else None
         )
