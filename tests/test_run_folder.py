@@ -193,7 +193,7 @@ def test_a_place_for_checkpoints_that_cannot_be_made(cli, tmp_path, kind):
     there = tmp_path / "there"
     there.touch() if kind == "file" else there.symlink_to(tmp_path / "nowhere")
     result = cli("fit", *SHORT, f"--run_dir={tmp_path / 'run'}", f"--checkpoint.dirpath={there}")
-    refused(result, f"checkpoint.dirpath='{there}'", "give another folder")
+    refused(result, f"checkpoint.dirpath='{there}'", "give another")
     assert not (tmp_path / "run").exists()
 
 

@@ -24,25 +24,27 @@ class FolderLock:
 
     Args:
         folder: The folder.
-        argument: What named it, for messages.
+        given: What named it, for messages: ``run_dir='runs/first'``.
 
     Raises:
-        InputError: If another run holds the lock, or the folder cannot be made.
+        InputError: If another run holds the lock, or nothing can be written there.
     """
 
-    def __init__(self, folder: str | Path, argument: str) -> None:
+    def __init__(self, folder: str | Path, given: str) -> None:
         self.folder = Path(os.path.abspath(folder))
         self._file = self.folder / LOCK
         self._made: list[Path] = []
         self._owner = os.getpid()
         self._descriptor: int | None = None
-        given = f"{argument}={str(folder)!r}"
         try:
             self._acquire(given)
         except OSError as error:
             self.release()
-            reason = error.strerror or error
-            raise InputError(f"{given}: {error.filename} cannot be written ({reason}); give another folder") from error
+            there = self.folder
+            while not there.exists():
+                there = there.parent
+            fault = f"cannot be written to ({error.strerror})" if there.is_dir() else "is no folder"
+            raise InputError(f"{given}: {there} {fault}; give another") from error
         except BaseException:
             self.release()
             raise
@@ -54,6 +56,10 @@ class FolderLock:
                 descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # a run that ended just now has taken its empty folder along
                 continue
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a resumed run may find room before it writes
+                    return
+                raise
             try:
                 _lock(descriptor)
             except (BlockingIOError, PermissionError) as error:

@@ -1,6 +1,5 @@
 """The folder that a run writes into: where it lies, what it is called, and what is kept in it for later."""
 
-import errno
 import inspect
 import os
 import re
@@ -10,7 +9,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -48,16 +46,14 @@ class RunFolder:
     """
 
     def __init__(self, config: Any, command: str) -> None:
-        argument, path = _choose(config, command)
-        self.path = path
+        argument, given, self.path = _choose(config, command)
         self._command = command
         self._resumed = bool(config.resume)
         self._locks: list[FolderLock] = []
         self._is_new = False
-        self._claim(argument, path)
-        if self._locks:
-            self._is_new = not self._resumed and self._locks[0].is_empty
-        if config.run_dir and self._locks and not self._is_new and not self._resumed:
+        self._claim(self.path, f"{argument}={given!r}")
+        self._is_new = bool(self._locks) and not self._resumed and self._locks[0].is_empty
+        if argument == "run_dir" and self._locks and not self._is_new:
             self.release()
             raise InputError(
                 f"run_dir={config.run_dir!r} is not empty; give a new folder, or let the run there go on by --resume"
@@ -76,16 +72,16 @@ class RunFolder:
             return
         for folder in folders:
             if "://" not in folder:
-                self._claim("checkpoint.dirpath", folder)
+                self._claim(folder, f"checkpoint.dirpath={folder!r}")
         if self._resumed:
             for lock in self._locks:
                 _clear_unfinished(lock.folder)
 
-    def _claim(self, argument: str, folder: str) -> None:
+    def _claim(self, folder: str, given: str) -> None:
         known = {os.path.realpath(lock.folder) for lock in self._locks}
         # the first process decides: another one may see what the first has begun to write
         if _is_first() and os.path.realpath(folder) not in known:
-            self._locks.append(FolderLock(folder, argument))
+            self._locks.append(FolderLock(folder, given))
 
     @property
     def is_empty(self) -> bool:
@@ -111,17 +107,18 @@ class RunFolder:
             self._locks.pop().release()
 
 
-def _choose(config: Any, command: str) -> tuple[str, str]:
-    """The folder, and the argument that names it."""
-    if config.resume:
-        return "resume", _writable("resume", config.resume)
-    if config.run_dir:
-        return "run_dir", _writable("run_dir", config.run_dir)
-    root = _writable("trainer.default_root_dir", config.trainer.default_root_dir)
+def _choose(config: Any, command: str) -> tuple[str, str, str]:
+    """Which argument says where the folder lies, its value, and the folder."""
+    for argument in ("resume", "run_dir"):
+        if config[argument]:
+            return argument, config[argument], config[argument]
+    root = config.trainer.default_root_dir
+    if not root:
+        raise InputError("trainer.default_root_dir is empty; give the folder that runs go to, such as runs")
     # processes and users that start in the same second must not share a folder
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = Path(root, experiment_name(config), stamp if command == "fit" else f"{stamp}-{command}")
-    return "trainer.default_root_dir", str(folder)
+    return "trainer.default_root_dir", root, str(folder)
 
 
 def _clear_unfinished(folder: Path) -> None:
@@ -165,27 +162,6 @@ def lead_loggers(config: Any, run_dir: str) -> None:
             init_args["save_dir"] = run_dir
         if isinstance(kind, type) and issubclass(kind, WandbLogger) and config.resume and known.is_file():
             init_args["id"] = init_args.get("id", None) or known.read_text(encoding="utf-8").strip()
-
-
-def _writable(argument: str, folder: str | None) -> str:
-    if not folder:
-        raise InputError(f"{argument} is empty; give the folder that runs go to, such as runs")
-    there = Path(folder)
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise InputError(f"{argument}={folder!r}: {there} is no folder; give another")
-    if not _is_first():
-        return folder
-    try:  # what a file system says of its permissions need not be so
-        with TemporaryDirectory(dir=there):
-            pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a resumed run may find room before it writes
-            return folder
-        reason = os.strerror(error.errno or 0)
-        raise InputError(f"{argument}={folder!r}: {there} cannot be written to ({reason}); give another") from error
-    return folder
 
 
 def _is_first() -> bool:
