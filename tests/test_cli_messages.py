@@ -185,9 +185,16 @@ def test_what_the_machine_has_too_little_of(error, says):
     assert len(said) < 600
 
 
-@pytest.mark.parametrize("signal", ["Segmentation fault", "Aborted"])
-def test_a_worker_that_crashes_keeps_its_traceback(signal):
-    assert bad_input(RuntimeError(f"DataLoader worker (pid 12) is killed by signal: {signal}.")) is None
+@pytest.mark.parametrize(
+    "end",
+    [
+        "is killed by signal: Segmentation fault.",
+        "is killed by signal: Aborted.",
+        "exited unexpectedly with exit code 3. Details are lost due to multiprocessing.",
+    ],
+)
+def test_a_worker_that_crashes_keeps_its_traceback(end):
+    assert bad_input(RuntimeError(f"DataLoader worker (pid 12) {end}")) is None
 
 
 def test_semaphores_lie_in_shared_memory_too(monkeypatch):

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from awconv.cli import main
+from awconv.files import atomic_write
 from refusals import refused
 
 PROJECT = Path(__file__).parents[1]
@@ -382,6 +383,11 @@ def test_a_disk_that_is_full_for_any_other_file(fit, tmp_path, monkeypatch, name
     monkeypatch.setattr("awconv.files.os.replace", full)
     refused(fit("--trainer.max_epochs=1"), name, "could not be written", "No space left on device", "make room")
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_the_name_of_a_file_does_not_replace_what_is_said_of_it(tmp_path):
+    with pytest.raises(OSError, match=r"^cannot write mode F$"), atomic_write(tmp_path / "a.png"):
+        raise OSError("cannot write mode F")
 
 
 class Loses(L.Callback):

@@ -22,7 +22,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk has no name
+        if error.errno is not None and error.filename is None:  # a full disk has no name
+            error.filename = str(path)
         raise
     finally:
         if temporary.is_dir():

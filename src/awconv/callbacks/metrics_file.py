@@ -48,7 +48,8 @@ class _AppendingWriter(ExperimentWriter):
         try:
             super().save()
         except OSError as error:
-            error.filename = error.filename or self.metrics_file_path  # a full disk has no name
+            if error.errno is not None and error.filename is None:  # a full disk has no name
+                error.filename = self.metrics_file_path
             raise
 
     def _record_new_keys(self) -> set[str]:

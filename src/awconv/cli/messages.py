@@ -190,7 +190,7 @@ _EXHAUSTED = {
         "shared memory (/dev/shm) is full",
         "make it larger (docker run --shm-size 8g, or --ipc host), or give fewer --data.num_workers, 0 for none",
     ),
-    r"DataLoader worker .*(signal: (Killed|Terminated)|exited unexpectedly)": (
+    r"DataLoader worker .*(signal: (Killed|Terminated)|exited unexpectedly(?! with))": (
         "a process that loads data was killed, as the system does where memory runs out",
         "give fewer --data.num_workers, 0 for none, or a smaller --data.batch_size, or ask for more memory",
     ),
