@@ -1,7 +1,9 @@
 """Options that cannot work: one line before training, and no folder of a run that never was."""
 
 import errno
+import multiprocessing
 import os
+from multiprocessing import synchronize
 from pathlib import Path
 
 import lightning as L
@@ -255,6 +257,72 @@ def test_no_memory_for_what_is_asked(cli, tmp_path, monkeypatch, error):
     monkeypatch.setattr(L.LightningModule, "on_after_backward", allocate)
     result = cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}")
     refused(result, "out of memory", "4000000000000 bytes", "--data.batch_size")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "num_workers"),
+        (RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"), "num_workers"),
+        (
+            RuntimeError(
+                "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers "
+                "are out of shared memory. Please try to raise your shared memory limit."
+            ),
+            "--shm-size",
+        ),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"),
+            "--shm-size",
+        ),
+        (RuntimeError("unable to write to file </torch_1_2_3>: No space left on device (28)"), "--shm-size"),
+        (RuntimeError("unable to mmap 8 bytes from file </torch_1_2_3>: Cannot allocate memory (12)"), "--shm-size"),
+        (
+            RuntimeError("unable to open shared memory object </torch_1> in read-only mode: Too many open files (24)"),
+            "ulimit -n",
+        ),
+        (RuntimeError("Too many open files. Communication with the workers is no longer possible."), "ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a.png"), "ulimit -n"),
+        (
+            OSError(
+                "Caught OSError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                + 99 * "  File x\n"
+                + "OSError: [Errno 24] Too many open files: 'a.png'\n"
+            ),
+            "ulimit -n",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_the_machine_has_too_little_of(error, says):
+    said = bad_input(error)
+    assert says in said
+    assert "--resume" in said
+    assert "\n" not in said
+    assert len(said) < 600
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "is killed by signal: Segmentation fault.",
+        "is killed by signal: Aborted.",
+        "exited unexpectedly with exit code 3. Details are lost due to multiprocessing.",
+    ],
+)
+def test_a_worker_that_crashes_keeps_its_traceback(end):
+    assert bad_input(RuntimeError(f"DataLoader worker (pid 12) {end}")) is None
+
+
+def test_semaphores_lie_in_shared_memory_too(monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(synchronize._multiprocessing, "SemLock", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        multiprocessing.get_context("fork").Queue()
+    assert "--shm-size" in bad_input(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Run as a script, this file is what the kill tests do: everything is imported onc
 import csv
 import errno
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -22,6 +23,7 @@ import pytest
 import torch
 
 from awconv.cli import main
+from awconv.files import atomic_write
 from refusals import refused
 
 PROJECT = Path(__file__).parents[1]
@@ -367,6 +369,95 @@ def test_a_disk_that_is_full_for_metrics(fit, tmp_path, monkeypatch):
 
     monkeypatch.setattr("lightning.pytorch.loggers.csv_logs.ExperimentWriter.save", full)
     refused(fit(), "runs/metrics.csv could not be written (No space left on device)")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "val_confusion_matrix.png", "best.ckpt", "previous.ckpt"])
+def test_a_disk_that_is_full_for_any_other_file(fit, tmp_path, monkeypatch, name):
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr("awconv.files.os.replace", full)
+    refused(fit("--trainer.max_epochs=1"), name, "could not be written", "No space left on device", "make room")
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_the_name_of_a_file_does_not_replace_what_is_said_of_it(tmp_path):
+    with pytest.raises(OSError, match=r"^cannot write mode F$"), atomic_write(tmp_path / "a.png"):
+        raise OSError("cannot write mode F")
+
+
+class Loses(L.Callback):
+    """Moves files of its run away, one a step from the seventh on, and then the whole folder."""
+
+    names = ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "metrics.csv", "media",
+             "config.yaml", "checkpoints", ".")  # fmt: skip
+
+    def on_train_batch_start(self, trainer, *args):
+        step = trainer.global_step - 7
+        if 0 <= step < len(self.names):
+            path = Path(trainer.default_root_dir, self.names[step])
+            there = Path(trainer.default_root_dir).parent / f"moved-{step}"
+            if path.exists() and not there.exists():
+                path.rename(there)
+
+
+def test_what_is_moved_away_does_not_end_a_run(fit, tmp_path, recwarn):
+    code, _, err = fit(*callback("Loses"), "--test_after_fit=true")
+    assert code == 0, err
+    assert len(list(tmp_path.glob("moved-*"))) == len(Loses.names)
+    (warned,) = (str(w.message) for w in recwarn if "made anew" in str(w.message))
+    assert str(tmp_path / "run") in warned
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 18
+    assert int(metrics(tmp_path / "run")[-2]["step"]) == 17
+    code, _, err = fit("--trainer.callbacks=null", "--trainer.max_epochs=4", resume=tmp_path / "run")
+    assert code == 0, err
+
+
+class LosesItsBest(L.Callback):
+    def on_train_end(self, trainer, pl_module):
+        Path(trainer.default_root_dir, "checkpoints/best.ckpt").unlink()
+
+
+def test_without_the_best_the_last_weights_are_tested(fit, tmp_path):
+    code, out, err = fit(*callback("LosesItsBest"), "--test_after_fit=true", "--trainer.max_epochs=1")
+    assert code == 0, err
+    assert "best.ckpt is not there any more: testing the last weights" in err
+    assert "test/acc1" in out
+
+
+class KillsWorkers(L.Callback):
+    """As the system does where memory runs out."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 7:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+
+
+def test_workers_that_are_killed_cost_a_line(fit, tmp_path):
+    result = fit(*callback("KillsWorkers"), "--data.num_workers=1")
+    refused(result, "was killed", "--data.num_workers", "more memory", "--resume")
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+
+
+class LosesPictures(L.Callback):
+    def on_train_start(self, trainer, pl_module):
+        for picture in Path(trainer.datamodule.root).glob("train/*/*"):
+            picture.unlink()
+
+
+@pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
+def test_data_that_are_gone_are_named(cli, tmp_path, imagenet_root, on_bad_image):
+    data = ["--data=ImageNetDataModule", f"--data.root={imagenet_root}"]
+    data += [f"--data.on_bad_image={on_bad_image}", "--data.image_size=8", "--data.batch_size=2"]
+    data += ["--data.num_workers=1", "--model=ClassificationTask", "--model.backbone=resnet20"]
+    one = ["--trainer.max_epochs=1", "--trainer.num_sanity_val_steps=0", *callback("LosesPictures")]
+    result = cli("fit", *QUIET, *data, *one, f"--run_dir={tmp_path / 'run'}")
+    refused(result, str(imagenet_root / "train"), "cannot be read" if on_bad_image == "stop" else "nor any other")
 
 
 def test_a_truncated_checkpoint_is_refused_and_the_one_before_offered(fit, tmp_path):

@@ -25,6 +25,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if path.is_dir():  # over which os.replace would not go
             shutil.rmtree(path)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a full disk has no name
+            error.filename = str(path)
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -3,7 +3,9 @@
 import json
 import os
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import wandb
 from PIL import Image
 
 from awconv.callbacks import WandbRun
+from awconv.callbacks.wandb_run import _ask
 from awconv.errors import InputError
 from awconv.tasks import ClassificationTask
 from wandb_records import history, merged, of_kind, records_of
@@ -303,13 +306,14 @@ def test_a_server_that_cannot_be_reached_costs_one_line(cli, tmp_path, monkeypat
         return init(**options)
 
     monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setattr("awconv.callbacks.wandb_run._ask", lambda *args: None)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     options = [*SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}", "--trainer.max_epochs=1"]
     code, _, err = cli("fit", *DIGITS, *WANDB, *options)
     assert code == 0, err
     assert [options.get("mode") for options in asked] == [None, "offline"]
     assert asked[0]["settings"]["init_timeout"] + 10 <= 30
-    assert asked[0]["settings"]["finish_timeout"] == 600
+    assert asked[0]["settings"]["finish_timeout"] == 5
     warned = [str(w.message) for w in recwarn if "Weights & Biases" in str(w.message)]
     assert len(warned) == 1
     assert "\n" not in warned[0]
@@ -318,6 +322,75 @@ def test_a_server_that_cannot_be_reached_costs_one_line(cli, tmp_path, monkeypat
     folder = next(only_run(tmp_path).glob("wandb/offline-run-*"))
     assert f"`wandb sync {folder}`" in warned[0]
     assert any("val/acc1" in row for row in history(records_of(folder)))
+
+
+@pytest.fixture
+def server():
+    """A server on this machine; how it answers is put into ``status``, and None lets it wait for ever."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.server.asked.append(self.headers)
+            if self.server.status is None:
+                self.server.waiting.wait(60)
+            else:
+                self.send_error(self.server.status)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.waiting, server.status = [], threading.Event(), None
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.waiting.set()
+        server.shutdown()
+
+
+def names_take_for_ever(*args, **kwargs):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(None, "does not answer within 0.3 s"), (503, "answers 503"), ("closed", "refused"), ("name", "does not answer")],
+)
+def test_a_server_that_is_away_is_not_asked_twice(tmp_path, monkeypatch, recwarn, server, status, says):
+    url = f"http://127.0.0.1:{server.server_port}"
+    if status == "closed":
+        url = "http://127.0.0.1:9"
+    elif status == "name":
+        monkeypatch.setattr("socket.getaddrinfo", names_take_for_ever)
+    else:
+        server.status = status
+    asked, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options) or init(**options))
+    monkeypatch.setattr("awconv.callbacks.wandb_run._SERVER_SECONDS", 0.3)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    logger = WandbRun(save_dir=str(tmp_path), settings={"base_url": url})
+    logger.log_metrics({"val/acc1": 0.5}, step=3)
+    assert [options.get("mode") for options in asked] == ["offline"]
+    assert "authorization" not in str(server.asked).lower(), "a key is for W&B to send"
+    (warned,) = (str(w.message) for w in recwarn if "recorded offline" in str(w.message))
+    assert says in warned
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_a_server_that_answers_is_there(monkeypatch, server, status):
+    server.status = status
+    _ask(f"http://127.0.0.1:{server.server_port}", {})
+    # whatever the name is, where a proxy leads to it
+    _ask("http://wandb.invalid", {"http": f"http://127.0.0.1:{server.server_port}"})
+    assert len(server.asked) == 2
+
+
+def test_what_is_not_uploaded_in_time_stays(tmp_path):
+    def seconds(**options):
+        return WandbRun(save_dir=str(tmp_path), **options)._wandb_init["settings"]["finish_timeout"]
+
+    assert seconds() == 5
+    assert seconds(log_checkpoints=True) == 600
+    assert seconds(log_checkpoints=True, finish_timeout=20) == 20
 
 
 def test_nobody_answers(tmp_path, monkeypatch, recwarn):
@@ -335,7 +408,8 @@ def test_nobody_answers(tmp_path, monkeypatch, recwarn):
     assert time.monotonic() - began < 5
 
 
-def test_without_a_key_and_a_mode_there_is_one_line(cli, tmp_path):
+def test_without_a_key_and_a_mode_there_is_one_line(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("awconv.callbacks.wandb_run._ask", lambda *args: None)
     code, _, err = cli("fit", *DIGITS, *WANDB, *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}")
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2

@@ -1,5 +1,6 @@
 import errno
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -382,3 +383,15 @@ def test_prediction_skips_with_an_empty_path_that_says_why(six, workers):
     bad = samples[2][1]
     assert isinstance(bad, Unreadable)
     assert (bad.path, bad.reason) == (str(six[2]), "this file is not a picture; replace or remove it")
+
+
+def test_a_limit_on_open_files_is_not_the_picture_s_fault(tmp_path, pixels):
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
+    read_picture(tmp_path / "a.png")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            read_picture(tmp_path / "a.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

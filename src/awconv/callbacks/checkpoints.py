@@ -402,7 +402,7 @@ class LastCheckpoint(Checkpoint):
         self._newest: tuple[Path, int] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds the folder, the same for all processes, and clears away what a killed process left half written."""
+        """Finds the folder, the same for all processes."""
         if "://" in str(self.dirpath):
             raise InputError(f"last_checkpoint.dirpath={self.dirpath!r}: expected a folder of this machine")
         strategy: Any = trainer.strategy
@@ -414,9 +414,6 @@ class LastCheckpoint(Checkpoint):
                 "on; give --trainer.strategy.save_distributed_checkpoint false, or state_dict_type full"
             )
         self.dirpath = trainer.strategy.broadcast(self.dirpath or str(Path(trainer.default_root_dir, "checkpoints")))
-        if stage == "fit" and trainer.is_global_zero:
-            for unfinished in Path(str(self.dirpath)).glob(".*.ckpt.*.tmp"):
-                unfinished.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts to count, and to listen for signals."""

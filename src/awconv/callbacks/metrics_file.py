@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from awconv.files import atomic_write, read_csv, write_csv
 
@@ -35,6 +35,21 @@ class MetricsFile(CSVLogger):
 
 class _AppendingWriter(ExperimentWriter):
     """Lightning's writer, which would delete the file that it finds, and sort the columns by the alphabet."""
+
+    def save(self) -> None:
+        """Writes what was logged, into a new folder where somebody has removed the run's."""
+        folder = Path(self.log_dir)
+        if self.metrics and not folder.is_dir():
+            rank_zero_warn(
+                f"{folder} was removed while the run was writing there: it is made anew, and training goes on"
+            )
+            folder.mkdir(parents=True)
+        try:
+            super().save()
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # a full disk has no name
+                error.filename = self.metrics_file_path
+            raise
 
     def _record_new_keys(self) -> set[str]:
         there = list(self.metrics_keys)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 import os
 import platform
+import ssl
 import subprocess
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +33,8 @@ if TYPE_CHECKING:
 
 _MODES = ("online", "offline", "disabled")
 _AXIS = "trainer/global_step"
-_GIT_SECONDS = 5
+_ONLINE = ("online", "run", "shared")
+_GIT_SECONDS = _SERVER_SECONDS = 5
 
 
 class WandbRun(WandbLogger):
@@ -60,9 +65,11 @@ class WandbRun(WandbLogger):
             ``wandb sync`` appends to the first.
         log_checkpoints: Keep the best and the last checkpoint as an artifact ``model-ID`` with the aliases ``best`` and
             ``last``, when training ends or is interrupted. The file in it is called ``model.ckpt``.
-        init_timeout: Seconds to wait for the server before the run goes offline; W&B's login may add ten.
-        finish_timeout: Seconds to wait at the end for what is not uploaded yet, which then stays in the folder; 0
-            waits for ever. Where runs are preempted, it has to be shorter than what the scheduler gives them.
+        init_timeout: Seconds to wait for ``wandb.init`` before the run goes offline. A server that does not answer at
+            all is given five of them.
+        finish_timeout: Seconds to wait at the end for what is not uploaded yet, which then stays in the folder for
+            ``wandb sync``; 0 waits for ever. Null is 5, and 600 with ``log_checkpoints``, since checkpoints take
+            their time. Where runs are preempted, it has to be shorter than what the scheduler gives them.
         **kwargs: Further arguments of Lightning's logger and of ``wandb.init``.
 
     Raises:
@@ -84,12 +91,14 @@ class WandbRun(WandbLogger):
         id: str | None = None,
         log_checkpoints: bool = False,
         init_timeout: float = 20,
-        finish_timeout: float = 600,
+        finish_timeout: float | None = None,
         **kwargs: Any,
     ) -> None:
         require(mode is None or mode in _MODES, "mode", mode, f"one of {', '.join(_MODES)}, or null")
         require_number("init_timeout", init_timeout, "a number of seconds, at least 1", low=1)
-        require_number("finish_timeout", finish_timeout, "a number of seconds, 0 or more", low=0)
+        if finish_timeout is None:  # W&B's own shutdown may add four seconds
+            finish_timeout = 600 if log_checkpoints else 5
+        require_number("finish_timeout", finish_timeout, "a number of seconds, 0 or more, or null", low=0)
         if kwargs.pop("offline", False):  # which would set WANDB_MODE for all that follows in this process
             mode = "offline"
         settings = kwargs.pop("settings", None) or {}
@@ -132,6 +141,7 @@ class WandbRun(WandbLogger):
 
             self._point_to_repository()
             try:
+                self._require_an_answer()
                 run = super().experiment
             except (wandb.errors.CommError, TimeoutError, ConnectionError) as error:
                 reason = " ".join(str(error).split("\n")[0].split())
@@ -148,6 +158,22 @@ class WandbRun(WandbLogger):
                 about["git"] = {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
             run.config.update(about, allow_val_change=True)
         return run
+
+    def _require_an_answer(self) -> None:
+        """Raises where no server answers, for which ``wandb.init`` would wait ten seconds beside its timeout."""
+        import wandb
+
+        settings = wandb.setup().settings.model_copy()
+        given = self._wandb_init["settings"]
+        if isinstance(given, Mapping):
+            settings.update_from_dict(dict(given))
+        else:
+            settings.update_from_settings(given)
+        mode = self._wandb_init.get("mode") or settings.mode
+        begun = wandb.run is not None or getattr(self, "_attach_id", None) is not None
+        if mode in _ONLINE and not begun:
+            proxies = {"http": settings.http_proxy, "https": settings.https_proxy}
+            _ask(settings.base_url, {scheme: proxy for scheme, proxy in proxies.items() if proxy})
 
     def _point_to_repository(self) -> None:
         """Lets W&B's own account of the code be of the working directory; it would look around ``save_dir``."""
@@ -272,6 +298,37 @@ def describe_runs(loggers: Sequence[Logger], experiment: str, **about: Any) -> N
     for logger in loggers:
         if isinstance(logger, WandbRun):
             logger.describe(experiment, **about)
+
+
+def _ask(url: str, proxies: dict[str, str]) -> None:
+    """Asks a server for anything at all, without a key.
+
+    Raises:
+        ConnectionError: If it does not answer in time, or with a fault of its own.
+    """
+    outcome: list[str | None] = [f"{url} does not answer within {_SERVER_SECONDS} s"]
+
+    def ask() -> None:
+        # whether its certificate is good is for W&B to say, which may know of others
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        ways = urllib.request.ProxyHandler({**urllib.request.getproxies(), **proxies})
+        opener = urllib.request.build_opener(ways, urllib.request.HTTPSHandler(context=context))
+        try:
+            opener.open(f"{url.rstrip('/')}/graphql", b"{}", timeout=_SERVER_SECONDS).close()
+        except urllib.error.HTTPError as error:  # to such a question a server that works says no as well
+            outcome[0] = f"{url} answers {error.code} {error.reason}" if error.code >= 500 else None
+        except Exception as error:  # whatever is wrong with the name, the way or the answer
+            outcome[0] = f"{url}: {getattr(error, 'reason', None) or error}"
+        else:
+            outcome[0] = None
+
+    # in a thread, since to find a name and to try each of its addresses have timeouts of their own
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_SERVER_SECONDS)
+    if outcome[0] is not None:
+        raise ConnectionError(outcome[0])
 
 
 def _best(name: str) -> str | None:

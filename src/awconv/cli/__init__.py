@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
@@ -42,7 +43,7 @@ from awconv.cli.checks import (
     require_sensible_trainer,
 )
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
-from awconv.cli.run_folder import RunRecorder, choose_folder, experiment_name, lead_loggers, remove_if_nothing_ran
+from awconv.cli.run_folder import RunFolder, RunRecorder, experiment_name, lead_loggers
 from awconv.cli.surroundings import keep_wandb_files_in, progress_bar, replace_what_cannot_be_shown
 from awconv.data import ClassificationDataModule, COCODataModule
 from awconv.errors import InputError
@@ -92,17 +93,30 @@ class AWConvCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         count_in_whole_numbers(L.Trainer.__init__)
-        super().__init__(
-            L.LightningModule,
-            L.LightningDataModule,
-            save_config_callback=RunRecorder,
-            parser_class=_Parser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        self._folder: RunFolder | None = None
+        try:
+            super().__init__(
+                L.LightningModule,
+                L.LightningDataModule,
+                save_config_callback=RunRecorder,
+                parser_class=_Parser,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                args=args,
+            )
+        except BaseException as error:
+            self._clear_away(error)
+            raise
+        finally:
+            if self._folder is not None:
+                self._folder.release()
+
+    def _clear_away(self, error: BaseException) -> None:
+        # who is told to stop by a scheduler is started again, and then finds the config
+        if self._folder is not None and not isinstance(error, Preempted | SIGTERMException):
+            self._folder.remove_if_nothing_ran()
 
     # ---- arguments ---------------------------------------------------------------------------------
 
@@ -170,7 +184,8 @@ class AWConvCLI(LightningCLI):
         self._require_weights(config)
         _require_one_kind(config)
         require_sensible_numbers(config, str(self.subcommand))
-        self.run_dir = choose_folder(config, str(self.subcommand))
+        self._folder = RunFolder(config, str(self.subcommand))
+        self.run_dir = self._folder.path
         config.trainer.default_root_dir = self.run_dir
         lead_loggers(config, self.run_dir)
         keep_wandb_files_in(self.run_dir)
@@ -178,7 +193,7 @@ class AWConvCLI(LightningCLI):
             if section.dirpath is None:
                 section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
         _lead_checkpoints(config.trainer.callbacks, str(config.checkpoint.dirpath))
-        self._folder_is_new = not os.path.lexists(self.run_dir) or not os.listdir(self.run_dir)
+        self._folder.claim_checkpoints(str(config.checkpoint.dirpath), str(config.last_checkpoint.dirpath))
         self.save_config_kwargs = {
             "run_dir": self.run_dir,
             "command": str(self.subcommand),
@@ -267,6 +282,17 @@ class AWConvCLI(LightningCLI):
     # ---- running ---------------------------------------------------------------------------------------
 
     def _run_subcommand(self, subcommand: str) -> None:
+        assert self._folder is not None
+        try:
+            self._run_or_explain(subcommand)
+        except BaseException as error:
+            self._clear_away(error)
+            raise
+        finally:
+            if self.trainer.is_global_zero and not self._folder.is_empty:
+                print(f"run folder: {self.run_dir}")
+
+    def _run_or_explain(self, subcommand: str) -> None:
         try:
             with self._reporting_interrupts():
                 super()._run_subcommand(subcommand)
@@ -280,14 +306,14 @@ class AWConvCLI(LightningCLI):
             if isinstance(error, MisconfigurationException):
                 explanations.reverse()
             said = explanations[0](error) or explanations[1](error)
+            if not said and isinstance(error, FileNotFoundError) and self._has_lost_its_folder():
+                said = f"{error.filename}: somebody has removed or renamed the run's folder while it was writing there"
             if not said:
                 raise
-            if self.trainer.is_global_zero and self._folder_is_new:
-                remove_if_nothing_ran(Path(self.run_dir))
             raise InputError(said) from error
-        finally:
-            if Path(self.run_dir).is_dir() and self.trainer.is_global_zero:
-                print(f"run folder: {self.run_dir}")
+
+    def _has_lost_its_folder(self) -> bool:
+        return self.trainer.is_global_zero and not os.path.isdir(self.run_dir)
 
     _resumed_step: int | None = None
 
@@ -322,8 +348,11 @@ class AWConvCLI(LightningCLI):
         # by its path: "best" makes Lightning warn that there are two checkpoint callbacks
         keepers = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint)]
         best = keepers[0].best_model_path if keepers else ""
+        why = "no best checkpoint was written (nothing was validated)"
+        if self.trainer.strategy.broadcast(bool(best) and not Path(best).is_file()):
+            best, why = "", f"{best} is not there any more"
         if not best and self.trainer.is_global_zero:
-            print("no best checkpoint was written (nothing was validated): testing the last weights", file=sys.stderr)
+            print(f"{why}: testing the last weights", file=sys.stderr)
         results = self.trainer.test(
             self.model, datamodule=self.datamodule, ckpt_path=best or None, weights_only=True if best else None
         )

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -196,6 +197,8 @@ def bad_input(error: BaseException) -> str | None:
     text = " ".join(said.split())
     if isinstance(error, InputError):
         return text
+    if exhausted := _exhausted(error, text):
+        return exhausted
     if isinstance(error, MisconfigurationException):
         return None if has_foreign_frames(error) else text
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -226,6 +229,38 @@ def bad_input(error: BaseException) -> str | None:
         return bad_input(error.__cause__)
     if error.__context__ is not None and "Does not validate against any of the Union subtypes" in text:
         return bad_input(error.__context__)
+    return None
+
+
+# as the operating system, torch and its workers say it; what a worker raised stands at the end of a long text
+_EXHAUSTED = {
+    r"Too many open files|received \d+ items of ancdata": (
+        "the limit on open files is reached",
+        "raise it with `ulimit -n 65536`, or give fewer --data.num_workers",
+    ),
+    r"shared memory ?\(shm\)|</torch_\w+>|out of shared memory|signal: Bus error": (
+        "shared memory (/dev/shm) is full",
+        "make it larger (docker run --shm-size 8g, or --ipc host), or give fewer --data.num_workers, 0 for none",
+    ),
+    r"DataLoader worker .*(signal: (Killed|Terminated)|exited unexpectedly(?! with))": (
+        "a process that loads data was killed, as the system does where memory runs out",
+        "give fewer --data.num_workers, 0 for none, or a smaller --data.batch_size, or ask for more memory",
+    ),
+}
+
+
+def _exhausted(error: BaseException, text: str) -> str | None:
+    """What the machine or the job has too little of."""
+    if not isinstance(error, OSError | RuntimeError):
+        return None
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        # the semaphores of the queues to workers lie there too, and have no name that the error could give
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        text += " in shared memory (shm)" if any(name.startswith("multiprocessing.") for name in modules) else ""
+    for pattern, (what, remedy) in _EXHAUSTED.items():
+        if found := re.search(pattern, text):
+            said = text[max(0, found.start() - 80) : found.end() + 80] if len(text) > 300 else text
+            return f"{what} ({said}); {remedy}; checkpoints written before are untouched: go on by --resume"
     return None
 
 

@@ -1,15 +1,14 @@
 """The folder that a run writes into: where it lies, what it is called, and what is kept in it for later."""
 
-import errno
 import inspect
 import os
 import re
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -20,36 +19,119 @@ from lightning.pytorch.utilities import rank_zero_only
 from awconv import config_text
 from awconv.callbacks import MetricsFile
 from awconv.callbacks.checkpoints import CONFIG, config_heading
+from awconv.cli.folder_lock import LOCK, FolderLock
 from awconv.errors import InputError
 from awconv.files import atomic_write
 
 _WANDB_ID = "wandb_run_id"
 _SETTINGS = {CONFIG, "hparams.yaml"}
+# .NAME.PID.tmp of atomic_write, and what Lightning's finders of a learning rate and a batch size go back to
+_UNFINISHED = re.compile(r"\..+\.\d+\.tmp|\.(lr_find|scale_batch_size)_.+\.ckpt")
+# where Lightning or mpirun starts the processes
+_NODE_RANKS = ("NODE_RANK", "GROUP_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
-def choose_folder(config: Any, command: str) -> str:
-    """Says where a command writes to: where ``resume`` or ``run_dir`` say, else ``DEFAULT_ROOT_DIR/DATA-MODEL/TIME``.
+class RunFolder:
+    """The folder that a command writes to, which is its own until it ends.
+
+    It is where ``resume`` or ``run_dir`` say, else ``DEFAULT_ROOT_DIR/DATA-MODEL/TIME``. Only the first process of
+    several makes and locks it.
 
     Args:
         config: The parsed config of the command.
         command: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        InputError: If nothing can be written there, or ``run_dir`` holds something.
+        InputError: If nothing can be written there, another run is writing there, or ``run_dir`` holds something.
     """
-    if config.resume:
-        return _writable("resume", config.resume)
-    if config.run_dir:
-        # the first process decides: another one may see what the first has begun to write
-        if _is_first() and Path(config.run_dir).is_dir() and any(Path(config.run_dir).iterdir()):
+
+    def __init__(self, config: Any, command: str) -> None:
+        argument, given, self.path = _choose(config, command)
+        self._command = command
+        self._resumed = bool(config.resume)
+        self._locks: list[FolderLock] = []
+        self._is_new = False
+        self._claim(self.path, f"{argument}={given!r}")
+        self._is_new = bool(self._locks) and not self._resumed and self._locks[0].is_empty
+        if argument == "run_dir" and self._locks and not self._is_new:
+            self.release()
             raise InputError(
                 f"run_dir={config.run_dir!r} is not empty; give a new folder, or let the run there go on by --resume"
             )
-        return _writable("run_dir", config.run_dir)
-    root = _writable("trainer.default_root_dir", config.trainer.default_root_dir)
+
+    def claim_checkpoints(self, *folders: str) -> None:
+        """Locks the folders that ``fit`` writes checkpoints to, and clears away what a killed run left half written.
+
+        Args:
+            folders: The folders.
+
+        Raises:
+            InputError: If another run is writing there.
+        """
+        if self._command != "fit":
+            return
+        for folder in folders:
+            if "://" not in folder:
+                self._claim(folder, f"checkpoint.dirpath={folder!r}")
+        if self._resumed:
+            for lock in self._locks:
+                _clear_unfinished(lock.folder)
+
+    def _claim(self, folder: str, given: str) -> None:
+        known = {os.path.realpath(lock.folder) for lock in self._locks}
+        # the first process decides: another one may see what the first has begun to write
+        if _is_first() and os.path.realpath(folder) not in known:
+            self._locks.append(FolderLock(folder, given))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no file has been written into it."""
+        return not any(path.name != LOCK and not path.is_dir() for path in Path(self.path).glob("**/*"))
+
+    def remove_if_nothing_ran(self) -> None:
+        """Empties a new folder in which there are no more than settings."""
+        if not self._is_new:
+            return
+        inside = sorted(Path(self.path).glob("**/*"), reverse=True)  # what is in a folder before the folder
+        files = [path for path in inside if path.name != LOCK and not path.is_dir()]
+        if {path.name for path in files} <= _SETTINGS:
+            for path in files:
+                path.unlink(missing_ok=True)
+            for path in inside:
+                with suppress(OSError):  # one that still holds a lock goes with it
+                    path.rmdir()
+
+    def release(self) -> None:
+        """Lets other runs in, and removes the folder and its parents if they are new and empty."""
+        while self._locks:
+            self._locks.pop().release()
+
+
+def _choose(config: Any, command: str) -> tuple[str, str, str]:
+    """Which argument says where the folder lies, its value, and the folder."""
+    for argument in ("resume", "run_dir"):
+        if config[argument]:
+            return argument, config[argument], config[argument]
+    root = config.trainer.default_root_dir
+    if not root:
+        raise InputError("trainer.default_root_dir is empty; give the folder that runs go to, such as runs")
     # processes and users that start in the same second must not share a folder
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return str(Path(root, experiment_name(config), stamp if command == "fit" else f"{stamp}-{command}"))
+    folder = Path(root, experiment_name(config), stamp if command == "fit" else f"{stamp}-{command}")
+    return "trainer.default_root_dir", root, str(folder)
+
+
+def _clear_unfinished(folder: Path) -> None:
+    """Removes what a killed process left: the temporary files of :func:`atomic_write`, the checkpoints of tuners."""
+    for place, folders, files in os.walk(folder):
+        if Path(place) != folder and LOCK in files:  # another run's
+            folders.clear()
+            continue
+        for name in filter(_UNFINISHED.fullmatch, files):
+            Path(place, name).unlink(missing_ok=True)
+        for name in filter(_UNFINISHED.fullmatch, folders):
+            shutil.rmtree(Path(place, name), ignore_errors=True)
+        folders[:] = [name for name in folders if name != "wandb" and not _UNFINISHED.fullmatch(name)]
 
 
 def experiment_name(config: Any) -> str:
@@ -82,36 +164,9 @@ def lead_loggers(config: Any, run_dir: str) -> None:
             init_args["id"] = init_args.get("id", None) or known.read_text(encoding="utf-8").strip()
 
 
-def remove_if_nothing_ran(run_dir: Path) -> None:
-    """Removes the folder that a run has made, if its input was refused before it wrote more than its settings."""
-    files = [path for path in run_dir.glob("**/*") if not path.is_dir()]
-    if run_dir.is_dir() and {path.name for path in files} <= _SETTINGS:
-        shutil.rmtree(run_dir)
-
-
-def _writable(argument: str, folder: str | None) -> str:
-    if not folder:
-        raise InputError(f"{argument} is empty; give the folder that runs go to, such as runs")
-    there = Path(folder)
-    while not there.exists():
-        there = there.parent
-    if not there.is_dir():
-        raise InputError(f"{argument}={folder!r}: {there} is no folder; give another")
-    if not _is_first():
-        return folder
-    try:  # what a file system says of its permissions need not be so
-        with TemporaryDirectory(dir=there):
-            pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a resumed run may find room before it writes
-            return folder
-        reason = os.strerror(error.errno or 0)
-        raise InputError(f"{argument}={folder!r}: {there} cannot be written to ({reason}); give another") from error
-    return folder
-
-
 def _is_first() -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0
+    """Whether this is the first process of all; Lightning's own number does not count the nodes yet."""
+    return getattr(rank_zero_only, "rank", 0) == 0 and all(os.environ.get(name, "0") == "0" for name in _NODE_RANKS)
 
 
 class RunRecorder(SaveConfigCallback):

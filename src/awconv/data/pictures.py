@@ -1,6 +1,7 @@
 """Picture files on disk: finding them, reading them, and saying which one is broken."""
 
 import dataclasses
+import errno
 import io
 import math
 import os
@@ -465,6 +466,8 @@ def _naming(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}: this file is not a picture; replace or remove it") from None
     # PIL reports a broken picture by almost any exception, according to its format and to what is broken
     except Exception as error:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # which is not the picture's fault
+            raise
         reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).partition("\n")[0]
         raise InputError(f"{path}: this picture cannot be read ({reason}); replace or remove it") from None
 

@@ -326,8 +326,8 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
         ):
             raise InputError(
                 f"the checkpoint was trained with optimizer={optimizer!r}, lr_schedule={schedule!r}, whose state "
-                f"does not fit optimizer={now['optimizer']!r}, lr_schedule={now['lr_schedule']!r}; to start afresh from "
-                "its weights use model.initial_weights"
+                f"does not fit optimizer={now['optimizer']!r}, lr_schedule={now['lr_schedule']!r}; to start afresh "
+                "from its weights use model.initial_weights"
             )
         here = [len(parameters) for parameters in self._learning_parameters()]
         for state in states:
