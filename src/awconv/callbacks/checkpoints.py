@@ -80,6 +80,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Optimiser steps before the best validation."""
         self._resumed = self._is_better = False
         self._reads_training: bool | None = None
+        self._to_copy: Path | None = None
 
     @property
     def state_key(self) -> str:
@@ -112,9 +113,12 @@ class BestCheckpoint(ModelCheckpoint):
         _check_monitors(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses checkpoints of another run where the strategy restores only now."""
+        """Refuses checkpoints of another run where the strategy restores only now; takes over the file of the best."""
         super().on_train_start(trainer, pl_module)
         self._refuse_those_of_another_run()
+        if self._to_copy is not None:  # not before the whole of the checkpoint was found to fit
+            _copy(str(self._to_copy), self.best_model_path)
+            self._to_copy = None
 
     def _refuse_those_of_another_run(self) -> None:
         if self._resumed:
@@ -212,7 +216,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._resumed = True
         saved = _Best.of(checkpoint)
         held = source.with_name(BEST if saved is None else saved.file)
-        # all look before the first one writes; the file counts, since it may be newer than the checkpoint
+        # the file counts, since it may be newer than the checkpoint
         found = _Best.read(held)
         if found is not None and not in_place and found.step > checkpoint["global_step"]:
             found = None
@@ -223,7 +227,6 @@ class BestCheckpoint(ModelCheckpoint):
         candidates = {} if found is None else {held: found}
         if saved is not None and saved.step == checkpoint["global_step"]:
             candidates[source] = saved
-        trainer.strategy.barrier()
         if not candidates:
             if saved is None:
                 return
@@ -236,9 +239,7 @@ class BestCheckpoint(ModelCheckpoint):
         for path, best in candidates.items():
             if self._beats(best.score, candidates[chosen].score):
                 chosen = path
-        if not _is_same(chosen, here):
-            _copy(str(chosen), str(here))
-        trainer.strategy.barrier()
+        self._to_copy = None if _is_same(chosen, here) else chosen
         self.best_model_path = str(here)
         self.best_model_score, self.best_step = candidates[chosen].score, candidates[chosen].step
 

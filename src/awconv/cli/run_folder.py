@@ -145,7 +145,7 @@ def experiment_name(config: Any) -> str:
     head, attention, backbone = (word if isinstance(word, str) else "" for word in words)
     aw = "aw" if init_args.get("aw", None) else ""
     model = "_".join(filter(None, [head, aw, attention, backbone or short(config.model, "Task")]))
-    return re.sub(r"[^\w.+-]+", "-", f"{short(config.data, 'DataModule')}-{model}")
+    return re.sub(r"[^\w.+-]+", "-", f"{short(config.data, 'DataModule')}-{model}")[:100]
 
 
 def lead_loggers(config: Any, run_dir: str) -> None:
