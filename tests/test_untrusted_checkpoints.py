@@ -23,6 +23,7 @@ from awconv.callbacks import MetricsFile
 from awconv.checkpoint import foreign_code, read_checkpoint, read_tensors
 from awconv.data import DigitsDataModule
 from awconv.errors import InputError
+from awconv.models.weights import read_state
 from awconv.tasks import ClassificationTask
 from refusals import refused
 
@@ -267,8 +268,13 @@ MISSHAPEN = {
     "state_dict of integers": ({"state_dict": {"a": 1}}, "state_dict['a'] is a int"),
     "state_dict is a list": ({"state_dict": [1]}, "state_dict is a list"),
     "a key that is no text": ({"state_dict": {3: torch.ones(1)}}, "state_dict['3']"),
-    "without values": ({"state_dict": {"a": torch.ones(1, device="meta")}}, "without its values"),
-    "sparse": ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "without its values"),
+    "without values": ({"state_dict": {"a": torch.ones(1, device="meta")}}, "without plain values"),
+    "sparse": ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "without plain values"),
+    "quantised": (
+        {"state_dict": {"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}},
+        "without plain values",
+    ),
+    "complex": ({"state_dict": {"a": torch.ones(2, dtype=torch.complex64)}}, "without plain values"),
     "one number for a terabyte": ({"state_dict": {"a": torch.ones(1).expand(2**38)}}, "claim 1048576 MiB"),
     "the same in a state": ({"optimizer_states": [{"s": torch.ones(1).expand(2**38)}]}, "claim 1048576 MiB"),
     "tensors among hyperparameters": ({"hyper_parameters": {"lr": torch.ones(1)}}, "hyper_parameters holds"),
@@ -354,6 +360,13 @@ def test_what_is_missing_begins_afresh(cli, content, save, tmp_path):
         whole.pop(name)
     refused(cli("fit", "--ckpt_path", save(whole), f"--run_dir={tmp_path / 'no'}"), "--model.initial_weights")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("value", [torch.ones(1, device="meta"), torch.ones(2, 2).to_sparse(), 3])
+def test_initial_weights_that_hold_no_numbers(save, value):
+    path = save({"conv1.weight": value})
+    with pytest.raises(InputError, match="holds no state dictionary"):
+        read_state(path)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------

@@ -157,8 +157,8 @@ def _misshapen(content: dict[Any, Any], size: int) -> str:
             if value is _TOO_MUCH:
                 return f"{str(name)[:80]} is nested too deeply, or holds too much"
             if isinstance(value, Tensor):
-                if value.layout != torch.strided or value.device.type != "cpu":
-                    return f"{str(name)[:80]} holds a tensor without its values"
+                if not is_plain(value):
+                    return f"{str(name)[:80]} holds a tensor without plain values"
                 claimed += value.numel() * value.element_size()
     # a few bytes may be told to stand for a large tensor; some parameters do share theirs
     if claimed > 4 * size + 2**26:
@@ -187,6 +187,18 @@ def _misshapen(content: dict[Any, Any], size: int) -> str:
     ):
         return "position is not that of a run"
     return ""
+
+
+_DTYPES = frozenset(
+    getattr(torch, name)
+    for name in "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split()  # noqa: SIM905
+)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a tensor of numbers that lie in memory: not sparse, quantised, complex, or without values."""
+    is_tensor = isinstance(value, Tensor)
+    return is_tensor and value.layout == torch.strided and value.device.type == "cpu" and value.dtype in _DTYPES
 
 
 _TOO_MUCH = object()

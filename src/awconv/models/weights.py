@@ -11,7 +11,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from awconv.checkpoint import read_tensors
+from awconv.checkpoint import is_plain, read_tensors
 from awconv.errors import InputError
 from awconv.layers import AWConv2d
 from awconv.layers.convert import tied_kernels
@@ -188,7 +188,7 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
                 content = content[key]
                 break
     is_dict = isinstance(content, Mapping) and len(content) > 0
-    if not is_dict or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items()):
+    if not is_dict or not all(isinstance(key, str) and is_plain(value) for key, value in content.items()):
         held = f"a dict with {', '.join(map(repr, list(content)[:5]))}" if is_dict else f"a {type(content).__name__}"
         raise InputError(
             f"initial_weights={str(path)!r} holds no state dictionary but {held}; expected names and tensors, plain or "
