@@ -754,7 +754,7 @@ def _file_name(number: Any, image: dict[str, Any], source: str) -> bytes:
     )
 
 
-_LONGEST_PATH = 4096  # bytes, on Linux; less elsewhere
+_LONGEST_PATH = 1024  # bytes
 
 
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
