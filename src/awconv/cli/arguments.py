@@ -243,6 +243,7 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
         _refuse_foreign_code(config, path, typed)
         if "download" in data:
             data["download"] = False  # into a folder that the checkpoint names
+        data.pop("max_image_pixels", None)
     for name in ("class_names", "category_ids"):
         if name in data:
             # the classes that the network knows: pictures can be predicted where the data set itself is not
