@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-detection test test-fast lint format clean
+.PHONY: demo demo-detection test test-fast lint format lock clean
 
 # pictures this small gain little from a second thread, and lose much where another program wants the core
 demo: $(VENV)/installed
@@ -33,12 +33,20 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# uv resolves and installs in seconds what takes pip minutes; constraints.txt pins what was tested together
-$(VENV)/installed: pyproject.toml constraints.txt
+# constraints.txt pins what was tested together, and uv.txt what installs it, by the hash of each file; uv takes seconds
+# where pip takes minutes
+$(VENV)/installed: pyproject.toml constraints.txt uv.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
+
+# takes the newest of everything into constraints.txt and uv.txt; run the tests, and read the diff before it is kept
+LOCK := $(BIN)/uv pip compile --quiet --universal --upgrade --generate-hashes --no-annotate --custom-compile-command "make lock"
+lock: $(VENV)/installed
+	$(LOCK) pyproject.toml --extra dev -o constraints.txt
+	echo uv | $(LOCK) - --python-version 3.11 -o uv.txt
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -213,8 +213,11 @@ def test_resume_takes_the_whole_config_and_reaches_the_same_weights(cli, tmp_pat
     code, _, err = cli("fit", *options, *stop, f"--trainer.default_root_dir={tmp_path / 'cut/runs'}")
     assert code == 0, err
     cut = only_run(tmp_path / "cut")
-    code, _, err = cli("fit", f"--ckpt_path={cut / 'checkpoints/last.ckpt'}", "--trainer.callbacks=null")
+    root = f"--trainer.default_root_dir={tmp_path / 'cut/runs'}"
+    code, _, err = cli("fit", f"--ckpt_path={cut / 'checkpoints/last.ckpt'}", root)
     assert code == 0, err
+    assert "left out of the config of" in err
+    assert "trainer.callbacks;" in err
     resumed = next(folder for folder in cut.parent.iterdir() if folder != cut)
     one, two = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (whole, resumed))
     assert one["global_step"] == two["global_step"] == 8
@@ -257,10 +260,10 @@ def test_the_config_of_a_run_serves_every_command(cli, tmp_path, trained):
 
 def test_a_resumed_run_keeps_the_best_so_far(cli, tmp_path, trained):
     best = torch.load(trained / "checkpoints/best.ckpt", weights_only=True)
-    code, _, err = cli(
-        "fit", f"--ckpt_path={trained / 'checkpoints/last.ckpt'}", "--trainer.max_epochs=4", "--model.lr=30"
-    )
+    options = ["--trainer.max_epochs=4", "--model.lr=30", f"--trainer.default_root_dir={tmp_path / 'runs'}"]
+    code, _, err = cli("fit", f"--ckpt_path={trained / 'checkpoints/last.ckpt'}", *options)
     assert code == 0, err
+    assert "left out" not in err
     resumed = next(folder for folder in trained.parent.iterdir() if folder != trained)
     after = torch.load(resumed / "checkpoints/best.ckpt", weights_only=True)
     with (resumed / "metrics.csv").open() as file:
@@ -362,7 +365,8 @@ class PlainData(L.LightningDataModule):
 
 @pytest.mark.parametrize("data", ["PlainData", "awconv.data.DigitsDataModule"])
 @pytest.mark.parametrize("model", ["PlainModule", "OtherTask"])
-def test_modules_of_a_fork(cli, tmp_path, model, data):
+def test_modules_of_a_fork(cli, tmp_path, monkeypatch, model, data):
+    monkeypatch.setattr(sys, "argv", [str(Path(__file__).with_name("lightning_cli.py"))])
     digits = ["--data.image_size=8"] if "Digits" in data else []
     data = data if "." in data else f"test_cli.{data}"
     options = [*SHORT[:7], f"--trainer.default_root_dir={tmp_path / 'runs'}"]

@@ -7,11 +7,13 @@ from multiprocessing import synchronize
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from awconv.cli.messages import bad_input
+from awconv.errors import InputError
 from refusals import refused
 
 SHORT = [
@@ -45,6 +47,33 @@ def callback(name: str, **options: object) -> list[str]:
         ([f"--data.num_workers={10**21}"], [f"data.num_workers={10**21}", "2**63"]),
         ([f"--ckpt_path={'a' * 5000}"], ["(5000 characters)", "too long"]),
         ([f"--run_dir={'a' * 5000}"], ["(5000 characters)", "too long"]),
+        (["--trainer.max_epochs=0"], ["trainer.max_epochs=0", "validate or test"]),
+        (["--trainer.max_steps=0"], ["trainer.max_steps=0", "validate or test"]),
+        (["--trainer.min_steps=-1"], ["trainer.min_steps=-1", "at least 0"]),
+        (["--trainer.max_time=00:00:00:00"], ["trainer.max_time", "no time to train"]),
+        (callback("Timer", duration="{days: -1}"), ["duration of Timer", "no time to train"]),
+        (["--trainer.max_epochs=0x" + "f" * 4000], ["trainer.max_epochs=", "2**63"]),
+        ([f"--data.image_size={10**15}"], ["out of memory", "image size"]),
+        (["--model.lr=null"], ["model.lr=null", "expected float"]),
+        (["--data.num_workers=null"], ["data.num_workers=null", "expected int"]),
+        (["--model.gamma=.nan"], ["model.gamma=nan", "expected a number"]),
+        (callback("EarlyStopping", monitor="val/acc1", min_delta=".nan"), ["min_delta=nan", "expected a number"]),
+        (callback("EarlyStopping", monitor="val/acc1", patience=-1), ["EarlyStopping.patience=-1", "at least 0"]),
+        (callback("LearningRateFinder", num_training_steps=0), ["LearningRateFinder.num_training_steps=0"]),
+        (callback("LearningRateFinder", max_lr=-1), ["LearningRateFinder.max_lr=-1"]),
+        (callback("BatchSizeFinder", steps_per_trial=0), ["BatchSizeFinder.steps_per_trial=0", "at least 1"]),
+        (callback("ModelCheckpoint", filename="../../x"), ["ModelCheckpoint.filename='../../x'", "dirpath"]),
+        (callback("ModelCheckpoint", filename="/tmp/x"), ["ModelCheckpoint.filename='/tmp/x'", "dirpath"]),
+        (callback("ModelCheckpoint", dirpath="/dev/null/x"), ["trainer.callbacks.dirpath=", "/dev/null is no folder"]),
+        (["--checkpoint.dirpath=/dev/null/x"], ["checkpoint.dirpath=", "/dev/null is no folder"]),
+        (["--checkpoint.dirpath="], ["checkpoint.dirpath=''", "not named"]),
+        (["--last_checkpoint.dirpath=/dev/null"], ["last_checkpoint.dirpath=", "/dev/null is no folder"]),
+        (["--checkpoint.mode="], ["checkpoint.mode=''", "'min', 'max'"]),
+        (["--model="], ["model=''", "ClassificationTask"]),
+        (["--trainer=[1]"], ["trainer='[1]'", "give trainer.NAME"]),
+        (["--trainer.callbacks=[1]"], ["trainer.callbacks='[1]'", "expected list[Callback] or Callback or null"]),
+        (["--model.backbone=" + "x" * 5000], ["backbone=", "characters)"]),
+        (["--trainer.max_epochs=" + "x y" * 2000], ["trainer.max_epochs=", "expected int or null"]),
         (callback("EarlyStopping", monitor="val/acc1", mode="mx"), ["EarlyStopping(mode='mx')", "min, max"]),
         (callback("EarlyStopping", monitor="nope"), ["EarlyStopping.monitor='nope'", "val/acc1"]),
         (callback("ModelCheckpoint", mode="mx"), ["ModelCheckpoint(mode='mx')", "min, max"]),
@@ -73,7 +102,9 @@ def callback(name: str, **options: object) -> list[str]:
     ids=lambda value: " ".join(value)[:60],
 )
 def test_options_that_cannot_work(cli, tmp_path, options, says):
-    refused(cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}", *options), *says)
+    result = cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}", *options)
+    refused(result, *says)
+    assert len(result[2]) < 4000
     assert not [path for path in tmp_path.glob("runs/**/*") if path.is_file()]
 
 
@@ -96,12 +127,91 @@ def test_options_that_cannot_work(cli, tmp_path, options, says):
             "trainer: {callbacks: {class_path: awconv.callbacks.LastCheckpoint, init_args: {every_n_steps: -2}}}",
             ["every_n_steps=-2"],
         ),
+        *(
+            (f"{name}: {value}", [f"{name} holds", "not options"])
+            for name, value in [
+                ("trainer", "[1]"),
+                ("trainer", "7"),
+                ("trainer", ""),
+                ("checkpoint", "true"),
+                ("last_checkpoint", "[]"),
+                ("checkpoint", "1.5"),
+            ]
+        ),
+        ("trainer: hello", ["trainer='hello'", "neither options nor a file"]),
+        ("trainer: {1: 2}", ["must be a string"]),
+        ("1: 2", ["1 names no section"]),
+        ("config: [x.yaml]", ["config is no path", "-c"]),
+        ("model: {init_args: 7}", ["model="]),
+        ("model: {dict_kwargs: {a: 1}}", ["ClassificationTask has no option 'a'"]),
+        ('run_dir: "a\\0b"', ["NUL character"]),
+        ('trainer: "a\\0b"', ["NUL character"]),
+        ("trainer: {max_epochs: 1}\ntrainer: {max_steps: 3}", ["line 2", "'trainer' is given twice", "line 1"]),
     ],
 )
 def test_the_same_in_a_config(cli, tmp_path, config, says):
     (tmp_path / "my.yaml").write_text(config, encoding="utf-8")
     refused(cli("fit", *SHORT, "-c", tmp_path / "my.yaml", f"--trainer.default_root_dir={tmp_path / 'runs'}"), *says)
     assert not [path for path in tmp_path.glob("runs/**/*") if path.is_file()]
+
+
+SECRET = "hunter2"
+FILES = {
+    "alias": "&a [*a]",
+    "deep": "[" * 3000,
+    "twice": "trainer: {}\ntrainer: {}",
+    "latin-1": "café: 1".encode("latin-1"),
+    "utf-16": "a: 1".encode("utf-16"),
+    "large": "#" * 3_000_000,
+    "broken": f"password: {SECRET}\n  x: [{SECRET}\n",
+    "alias of nothing": f"*{SECRET}",
+    "tag": f"!{SECRET} 1",
+    "text": SECRET,
+    "mapping": f"password: {SECRET}",
+}
+# as jsonargparse reads it when an option names a file
+ITSELF = {
+    "config": "config: itself",
+    "model": "model: itself",
+    "trainer": "trainer: itself",
+    "trainer.callbacks": "trainer: {callbacks: itself}",
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        *(("config", name) for name in [*FILES, "pipe", "loop", "itself"]),
+        *((o, n) for o in [*ITSELF][1:] for n in ("broken", "text", "mapping", "utf-16", "pipe", "itself")),
+    ],
+)
+def test_files_that_are_no_configs(cli, tmp_path, monkeypatch, option, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    if name == "pipe":
+        os.mkfifo(path)
+    elif name == "loop":
+        path.symlink_to(path)
+    else:
+        content = ITSELF[option] if name == "itself" else FILES[name]
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = cli("fit", *SHORT, "-c" if name == "itself" or option == "config" else f"--{option}", path)
+    refused(result)
+    assert SECRET not in result[1] + result[2]
+    assert [there.name for there in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["deep", "latin-1", "text", "pipe", "sections"])
+def test_the_config_of_a_run_that_is_to_go_on(cli, tmp_path, name):
+    config = tmp_path / "run/config.yaml"
+    config.parent.mkdir()
+    if name == "pipe":
+        os.mkfifo(config)
+    else:
+        content = FILES.get(name, "last_checkpoint: [1]\ncheckpoint: {dirpath: 3}")
+        config.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(cli("fit", f"--resume={config.parent}"), "run")
+    refused(cli("fit", "--ckpt_path=last", f"--trainer.default_root_dir={tmp_path}"), "no run under")
 
 
 @pytest.mark.parametrize(
@@ -132,9 +242,17 @@ def test_a_metric_of_training_that_does_not_exist(cli, tmp_path):
     refused(result, "EarlyStopping(monitor='train/nope')", "train/loss")
 
 
-def test_no_memory_for_what_is_asked(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4000000000000 bytes."),
+    ],
+    ids=["cpu", "cuda"],
+)
+def test_no_memory_for_what_is_asked(cli, tmp_path, monkeypatch, error):
     def allocate(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000000 bytes.")
+        raise error
 
     monkeypatch.setattr(L.LightningModule, "on_after_backward", allocate)
     result = cli("fit", *SHORT, f"--trainer.default_root_dir={tmp_path / 'runs'}")
@@ -205,6 +323,36 @@ def test_semaphores_lie_in_shared_memory_too(monkeypatch):
     with pytest.raises(OSError, match="No space") as caught:
         multiprocessing.get_context("fork").Queue()
     assert "--shm-size" in bad_input(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "give a smaller --data.batch_size"),
+        (RuntimeError("CUDA error: out of memory"), "give a smaller --data.batch_size"),
+        (np.exceptions.AxisError("a bug"), None),
+        (RuntimeError("a bug"), None),
+        (KeyError("config"), None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a bug"), None),
+        (OSError(errno.ELOOP, "Too many levels of symbolic links", "/a"), "/a cannot be opened (Too many"),
+        (OSError(errno.ENOTDIR, "Not a directory", "/a"), "/a cannot be opened (Not a directory)"),
+        (OSError(errno.EISDIR, "Is a directory", "/a"), "/a cannot be opened (Is a directory)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a cannot be opened (Permission denied)"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), "make room"),
+        (
+            InputError(
+                "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                '  File "x.py", line 1, in f\nawconv.errors.InputError: a.png: it is damaged\n'
+            ),
+            "a.png: it is damaged",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_bad_input_and_what_is_a_bug(error, says):
+    said = bad_input(error)
+    assert (said is None) == (says is None)
+    assert said is None or (says in said and "Traceback" not in said)
 
 
 class Faulty(L.Callback):

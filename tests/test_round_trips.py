@@ -1,6 +1,5 @@
 """What one command writes, the next reads as it was: names, paths, seeds and numbers."""
 
-import csv
 import math
 import os
 import signal
@@ -16,7 +15,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks.timer import Interval
 from PIL import Image
 
-from awconv.cli import config_text
+from awconv import config_text
+from awconv.files import read_csv
 
 NAMES = [
     *("1e5", "7e10", "1E5", ".5e3", "1_000", "0x1F", "0o17", "017", "0b1", "1.0", "-3", "+1", ".inf", ".nan", "NaN"),
@@ -83,16 +83,52 @@ def test_scalars(text, value):
     assert same(config_text.load(text), value)
 
 
-@pytest.mark.parametrize("text", ["!!int x", "!!timestamp x", "[a", "9" * 5000])
-def test_what_cannot_be_read_is_one_kind_of_error(text):
-    with pytest.raises(yaml.YAMLError):
+BOMB = "a: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
+CHAIN = "a: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("!!int x", "not what its tag says"), ("!!bool x", "not what its tag says"), ("!!int ''", "not what its tag says"),
+     ("!!timestamp x", "tag"), ("!!binary aGk=", "tag"), ("!!set {a}", "tag"), ("!!python/object:os.system x", "tag"),
+     ("[a", "line 1, column 3"), ("a: \0", "line 1: the character U\\+0000"), ("*secret", "undefined alias$"),
+     ("9" * 10**6, "too many digits"), ("0x" + "f" * 10**6, "too many digits"), ("&a [*a]", "part of"),
+     ("a: &a {b: *a}", "part of"), (BOMB, "30000 values"), (CHAIN, "100 levels"), ("[" * 3000, "100 levels"),
+     ("{a: " * 3000, "100 levels"), ("- " * 3000, "100 levels"), ("#" * 3_000_000, "2 MiB"),
+     ("[" + "1," * 40000 + "]", "30000 values"),
+     ("a: 1\nb: 2\n'a': 3", "line 3, column 1: 'a' is given twice, first in line 1"),
+     ("a: {1: x, 0x1: y}", "'1' is given twice"), ("? [a]\n: b", "unhashable")],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_kind_of_error(text, says):
+    with pytest.raises(yaml.YAMLError, match=says) as error:
         config_text.load(text)
+    assert len(str(error.value)) < 200
+
+
+def test_anchors_and_merge_keys_are_read():
+    text = "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: [*a, {z: 4}], <<: {w: 5}}\nd: *a"
+    a = {"x": 1, "y": 2}
+    assert config_text.load(text) == {"a": a, "b": {"x": 3, "y": 2}, "c": {**a, "z": 4, "w": 5}, "d": a}
+    assert config_text.load("[" * 100 + "]" * 100)
+    assert len(config_text.load("[" + "1," * 25000 + "]")) == 25000
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_as_windows_does(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_bytes("\ufeffä: 1\r\nb: 2\r\n".encode())
+    assert config_text.load_file(path) == {"ä": 1, "b": 2}
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--data.num_workers=0"]
 FOLDERS = words(min_size=1, max_size=40, alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="/\0"))
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    header, rows = read_csv(path)
+    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
 def make_class_folders(root: Path, names: list[str]) -> None:
@@ -133,15 +169,19 @@ def test_names_and_values_through_fit_test_predict_and_resume(cli, tmp_path_fact
 
     code, _, err = cli("test", checkpoint, f"--run_dir={root / 'test'}", *places)
     assert code == 0, err
-    with (root / "test/per_class_accuracy.csv").open(encoding="utf-8", newline="") as file:
-        assert sorted(row["class"] for row in csv.DictReader(file)) == sorted(names)
+    assert sorted(row["class"] for row in rows_of(root / "test/per_class_accuracy.csv")) == sorted(names)
 
-    code, _, err = cli(
+    bad = root / "data/val" / names[0] / "\x1b[31m\r\n.png"
+    bad.touch()
+    code, out, err = cli(
         "predict", checkpoint, f"--run_dir={root / 'predict'}", f"--data.predict_dir={root / 'data/val'}", *places
     )
     assert code == 0, err
-    with (root / "predict/predictions.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    assert r"/\x1b[31m\r\n.png: this file is not a picture; replace or remove it" in out
+    assert "\x1b" not in out + err
+    assert [row["path"] for row in rows_of(root / "predict/skipped.csv")] == [str(bad)]
+    bad.unlink()
+    rows = rows_of(root / "predict/predictions.csv")
     assert {Path(row["path"]).parent.name for row in rows} == set(names)
     assert {row["class"] for row in rows} <= set(names)
 

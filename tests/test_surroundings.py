@@ -46,7 +46,7 @@ def test_without_the_signals_that_windows_lacks():
         "import signal\n"
         "for name in ('SIGUSR1', 'SIGUSR2', 'sigwaitinfo', 'pthread_sigmask'):\n    delattr(signal, name)\n"
         "import awconv.cli\nfrom awconv.callbacks import checkpoints\nfrom awconv.data import base\n"
-        "base._begin_worker(0)\nassert checkpoints._PREEMPTIONS == [signal.SIGTERM]\n"
+        "base._begin_worker(10**6, 0)\nassert checkpoints._PREEMPTIONS == [signal.SIGTERM]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,9 +1,17 @@
 """AW-convolution (attention on the weights) and a PyTorch Lightning research template around it."""
 
 import logging
+from contextlib import suppress
 
 # here, because it must come before matplotlib, which torchmetrics imports: where the home folder cannot be written
 # it uses a temporary folder, which serves as well
 logging.getLogger("matplotlib").addFilter(
     lambda record: not str(record.msg).startswith(("mkdir -p failed for path", "Matplotlib created a temporary cache"))
 )
+
+# Arguments that take anything hold data. A class_path in them is no class to be made, whoever wrote it; and commands,
+# pickles and the import machinery are no arguments at all.
+with suppress(ImportError):  # layers and models do without it
+    from jsonargparse import set_parsing_settings
+
+    set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[], import_path_allowlist=[])

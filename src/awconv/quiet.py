@@ -3,11 +3,15 @@
 import logging
 import warnings
 
+from awconv.errors import printable
+
 _ADVERTISEMENT = "Tip:"
 
 
 def silence_libraries(*, notes: bool = True) -> None:
     """Drops advertisements, deprecations inside libraries, and warnings about what is meant to be so.
+
+    What Lightning notes is also :func:`awconv.errors.printable`.
 
     The command line does so by itself. A notebook calls it first, before it imports anything else of this project: some
     libraries warn when they are imported.
@@ -19,6 +23,7 @@ def silence_libraries(*, notes: bool = True) -> None:
         # the loggers that say it: importing Lightning sets the level of those above them
         logger = logging.getLogger(f"lightning.{module}")
         logger.addFilter(_is_no_advertisement)
+        logger.addFilter(_escape)
         if not notes:
             logger.setLevel(logging.WARNING)
     for message in (
@@ -37,6 +42,12 @@ def silence_libraries(*, notes: bool = True) -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escapes what a name in a record, such as that of a metric in a checkpoint, would do to a terminal."""
+    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    return True
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -23,6 +23,15 @@ from awconv.tasks import ClassificationTask, DetectionTask
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def beside_the_script():
+    """The classes of this file lie beside the script that runs, as those of a fork do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(Path(__file__).with_name("script.py"))])
+        yield
+
+
 FILES = ["README.txt", "labels.json", "model.onnx", "model.pt2", "preprocessing.json"]
 
 
@@ -199,7 +208,8 @@ def exported(tmp_path_factory):
     command = [sys.executable, "-m", "awconv.analysis.export", str(checkpoint), "--out", str(folder / "out")]
     paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    where = Path(__file__).parent  # as a fork is exported in the folder of its classes
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=where)
     assert (done.returncode, done.stderr) == (0, "")
     return folder / "out", task.eval(), data, done.stdout
 
@@ -484,9 +494,10 @@ def foreign(**changes):
     [
         (b"no checkpoint at all", ["weights only", "another kind of file"]),
         (b"", ["weights only", "damaged"]),
-        ({"state_dict": {}, "extra": Code()}, ["weights only", "carries code"]),
-        ([1, 2], ["lacks state_dict", "lightning_cli.py fit"]),
-        ({"conv.weight": torch.zeros(1)}, ["lacks state_dict, hyper_parameters", "lightning_cli.py fit"]),
+        ({"state_dict": {}, "extra": Code()}, ["weights-only", "carries code"]),
+        ([1, 2], ["no checkpoint of a run"]),
+        ({"conv.weight": torch.zeros(1)}, ["no checkpoint of a run"]),
+        ({"state_dict": {}}, ["lacks hyper_parameters, datamodule_hyper_parameters", "lightning_cli.py fit"]),
         (foreign(hyper_parameters={"lr": 1.0}), ["lacks hyper_parameters['_class_path']", "export_classifier"]),
         (foreign(hyper_parameters={"_class_path": "no.such.Task"}), ["no.such.Task", "where it was trained"]),
         (foreign(hyper_parameters={"_class_path": "os.path.join"}), ["os.path.join", "no class"]),
@@ -500,6 +511,7 @@ def foreign(**changes):
         "code",
         "list",
         "weights",
+        "no_hyperparameters",
         "no_class",
         "unknown",
         "function",
@@ -515,8 +527,17 @@ def test_wrong_checkpoints_are_told_in_one_line(content, told, tmp_path, capfd, 
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    message = refused([path], capfd, tmp_path)
+    named = refused([path], capfd, tmp_path)
+    message = refused([path, "--trust-checkpoint-config"], capfd, tmp_path)
     assert all(word in message for word in [str(path), *told]), message
+    # nothing that a file names is imported without the flag
+    assert named == message or "neither of awconv nor beside" in named
+
+
+def test_what_the_script_has_imported_is_no_more_its_own(tmp_path, capfd):
+    content = foreign(hyper_parameters={"_class_path": f"{__name__}.subprocess.Popen"})
+    torch.save(content, tmp_path / "a.ckpt")
+    assert "subprocess.Popen, which is neither" in refused([tmp_path / "a.ckpt"], capfd, tmp_path)
 
 
 def test_weights_of_another_network_are_told_in_one_line(tmp_path, capfd):

@@ -194,7 +194,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("awconv.callbacks.run_files.csv.writer", full_disk)
+    monkeypatch.setattr("awconv.files.csv.writer", full_disk)
     with pytest.raises(OSError, match="no space"):
         make_trainer(tmp_path, ClassificationReport()).test(
             Classifier(), evaluation_batches(*logits_and_targets()), verbose=False

@@ -33,7 +33,7 @@ from awconv.callbacks.canvas import ink_on
 from awconv.callbacks.detection_figures import PALETTE, colour_of
 from awconv.data import COCODataModule
 from awconv.data.pictures import Unreadable
-from awconv.errors import InputError
+from awconv.errors import InputError, printable
 from awconv.metrics import BoxMeanAveragePrecision
 from processes import spawn_two
 
@@ -226,7 +226,7 @@ def test_results_file_scores_in_pycocotools_what_the_table_says(tmp_path, capsys
 
     head = next(n for n, line in enumerate(printed) if line.split() == measures)
     table = [line.rsplit(None, 9) for line in printed[head + 1 : head + 2 + len(NAMES)]]
-    assert [row[0].strip() for row in table] == ["all classes", *(name.replace("\n", " ") for name in NAMES)]
+    assert [row[0].strip() for row in table] == ["all classes", *(printable(name) for name in NAMES)]
     for printed_row, row in zip(table, [first, *classes], strict=True):
         assert printed_row[1:] == [f"{float(row[m]):.3f}" if row[m] else "-" for m in measures]
     assert f"COCO results: {folder / 'results.json'}" in printed

@@ -358,7 +358,7 @@ def test_the_list_of_training_is_the_truth(coco_root, train, val, labels):
 def said(monkeypatch):
     """The lines that the data module says."""
     lines = []
-    monkeypatch.setattr("awconv.data.detection.rank_zero_info", lines.append)
+    monkeypatch.setattr("awconv.data.detection.inform", lines.append)
     return lines
 
 

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awconv.analysis.command import OneLineParser
+from awconv.checkpoint import DATA_HPARAMS, HPARAMS, foreign_code, read_checkpoint
 from awconv.errors import InputError
 
 if TYPE_CHECKING:  # they import Lightning and timm, which takes seconds: a wrong argument should not wait for it
@@ -485,9 +486,12 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--no-onnx", action="store_true", help="leave model.onnx out, for which three packages are needed"
     )
+    parser.add_argument(
+        "--trust-checkpoint-config", action="store_true", help="import whatever classes the checkpoint names"
+    )
     options = parser.parse_args(args)
     try:
-        _export(options.checkpoint, options.out, onnx=not options.no_onnx)
+        _export(options.checkpoint, options.out, onnx=not options.no_onnx, believed=options.trust_checkpoint_config)
     except InputError as error:
         parser.error(str(error))
     except DisagreementError as error:
@@ -496,8 +500,8 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.exit(130, "interrupted\n")
 
 
-def _export(checkpoint: Path, out: Path | None, *, onnx: bool) -> None:
-    content = _read_checkpoint(checkpoint)
+def _export(checkpoint: Path, out: Path | None, *, onnx: bool, believed: bool) -> None:
+    content = _read(checkpoint, believed)
     folder = checkpoint.with_name(f"{checkpoint.stem}_export") if out is None else out
     missing = [name for name in _ONNX_PACKAGES if find_spec(name) is None] if onnx else []
     if missing:
@@ -506,7 +510,7 @@ def _export(checkpoint: Path, out: Path | None, *, onnx: bool) -> None:
             f"pip install {' '.join(missing)}, or leave it out with --no-onnx"
         )
     with _appearing(folder) as scratch:
-        task, data = _rebuild(checkpoint, content)
+        task, data = _rebuild(checkpoint, content, believed)
         size = _evaluation_size(data)
         network = task.hparams.get("backbone", type(task.network).__name__)
         what = f"{checkpoint.name}: {network}, {len(task.class_names)} classes, evaluated at {size[0]}x{size[1]}"
@@ -526,35 +530,36 @@ def _export(checkpoint: Path, out: Path | None, *, onnx: bool) -> None:
     print(f"{folder}: {', '.join(names)}")
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"CHECKPOINT {path}: {found}; give a .ckpt file that lightning_cli.py fit wrote")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler, the zip reader and the file system each raise their own kinds
-        raise InputError(
-            f"CHECKPOINT {path}: cannot be loaded as weights only ({type(error).__name__}); it is damaged, another "
-            "kind of file, or carries code, which is never run"
-        ) from error
-    keys = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
-    lacking = [key for key in keys if not isinstance(content, dict) or not isinstance(content.get(key), dict)]
-    lacking = lacking or [f"{key}['_class_path']" for key in keys[1:] if "_class_path" not in content[key]]
+def _read(path: Path, believed: bool) -> dict[str, Any]:
+    content = read_checkpoint(path, "CHECKPOINT")
+    keys = (HPARAMS, DATA_HPARAMS)
+    lacking = [f"{key}['_class_path']" if key in content else key for key in keys if not _class_path(content, key)]
     if lacking:
         raise InputError(
-            f"CHECKPOINT {path}: lacks {', '.join(lacking)}; give a checkpoint that lightning_cli.py fit wrote, or "
-            "call awconv.analysis.export.export_classifier(task, data) in Python"
+            f"CHECKPOINT={str(path)!r} lacks {', '.join(lacking)}; give a checkpoint that lightning_cli.py fit wrote, "
+            "or call awconv.analysis.export.export_classifier(task, data) in Python"
         )
-    return dict(content)
+    foreign = foreign_code([content[key] for key in keys])
+    if foreign and not believed:
+        raise InputError(
+            f"CHECKPOINT={str(path)!r} names {foreign[:200]}, which is neither of awconv nor beside the script that "
+            "runs, and is not imported; where you trust the file, give --trust-checkpoint-config"
+        )
+    return content
 
 
-def _rebuild(path: Path, content: Mapping[str, Any]) -> "tuple[ClassificationTask, ClassificationDataModule]":
+def _class_path(content: Mapping[str, Any], key: str) -> Any:
+    return content.get(key, {}).get("_class_path")
+
+
+def _rebuild(
+    path: Path, content: Mapping[str, Any], believed: bool
+) -> "tuple[ClassificationTask, ClassificationDataModule]":
     """Makes the task and the data module that the checkpoint is from."""
     from awconv.data import ClassificationDataModule
     from awconv.tasks import ClassificationTask, DetectionTask
 
-    task_class = _class(path, content["hyper_parameters"]["_class_path"])
-    data_class = _class(path, content["datamodule_hyper_parameters"]["_class_path"])
+    task_class, data_class = (_class(path, _class_path(content, key)) for key in (HPARAMS, DATA_HPARAMS))
     if issubclass(task_class, DetectionTask):
         raise InputError(
             f"CHECKPOINT {path}: is a detector, of which torchvision's suppression of overlapping boxes cannot be "
@@ -567,8 +572,10 @@ def _rebuild(path: Path, content: Mapping[str, Any]) -> "tuple[ClassificationTas
             )
     with _quiet():
         try:
-            task = task_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-            data = data_class.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+            task, data = (
+                made.load_from_checkpoint(path, map_location="cpu", trust_config=believed)
+                for made in (task_class, data_class)
+            )
         except InputError as error:
             raise InputError(f"CHECKPOINT {path}: {error}") from error
         except Exception as error:  # the classes are anyone's

@@ -78,11 +78,11 @@ class _Sheet(Figure):
 def put_text(sheet: Axes, x: float, y: float, text: str, size: float, colour: str = INK, **options: Any) -> None:
     """Writes one line, in which mathtext is not interpreted; ``options`` are matplotlib's."""
     sheet.text(
-        x, y, printable(text), fontsize=size, color=colour, family=_FONTS, parse_math=False, usetex=False, **options
+        x, y, drawable(text), fontsize=size, color=colour, family=_FONTS, parse_math=False, usetex=False, **options
     )
 
 
-def printable(text: str) -> str:
+def drawable(text: str) -> str:
     """One line without the control characters and undecodable bytes that no font can draw."""
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -92,14 +92,14 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
     font = FontProperties(family=_FONTS, size=size, weight=weight)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", _NO_GLYPH)
-        points = text_to_path.get_text_width_height_descent(printable(text), font, ismath=False)[0]
+        points = text_to_path.get_text_width_height_descent(drawable(text), font, ismath=False)[0]
     # Measured without hinting, which on screen may widen every letter by a part of a pixel.
     return 1.04 * points / 72
 
 
 def shorten(text: str, inches: float, size: float, weight: str = "normal") -> str:
     """The text, or as much of its head and tail as fits, since names often differ at their ends."""
-    text = printable(text)
+    text = drawable(text)
     width = text_width(text, size, weight)
     if width <= inches:
         return text

@@ -1,5 +1,6 @@
 """Which checkpoints a run keeps, how they reach the disk whole, and how a run ends that is taken off its machine."""
 
+import copy
 import os
 import re
 import shutil
@@ -15,16 +16,17 @@ from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import BatchSizeFinder, Checkpoint, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from awconv import config_text
+from awconv.checkpoint import BEST, LAST, PREVIOUS, begins_afresh, read_checkpoint
 from awconv.errors import InputError, require_int, require_number
 from awconv.files import atomic_write
 
-BEST, LAST, PREVIOUS, CONFIG = "best.ckpt", "last.ckpt", "previous.ckpt", "config.yaml"
+CONFIG = "config.yaml"
 # Windows has no SIGUSR1
 _PREEMPTIONS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -78,6 +80,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Optimiser steps before the best validation."""
         self._resumed = self._is_better = False
         self._reads_training: bool | None = None
+        self._to_copy: Path | None = None
 
     @property
     def state_key(self) -> str:
@@ -110,9 +113,12 @@ class BestCheckpoint(ModelCheckpoint):
         _check_monitors(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuses checkpoints of another run where the strategy restores only now."""
+        """Refuses checkpoints of another run where the strategy restores only now; takes over the file of the best."""
         super().on_train_start(trainer, pl_module)
         self._refuse_those_of_another_run()
+        if self._to_copy is not None:  # not before the whole of the checkpoint was found to fit
+            _copy(str(self._to_copy), self.best_model_path)
+            self._to_copy = None
 
     def _refuse_those_of_another_run(self) -> None:
         if self._resumed:
@@ -210,7 +216,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._resumed = True
         saved = _Best.of(checkpoint)
         held = source.with_name(BEST if saved is None else saved.file)
-        # all look before the first one writes; the file counts, since it may be newer than the checkpoint
+        # the file counts, since it may be newer than the checkpoint
         found = _Best.read(held)
         if found is not None and not in_place and found.step > checkpoint["global_step"]:
             found = None
@@ -221,7 +227,6 @@ class BestCheckpoint(ModelCheckpoint):
         candidates = {} if found is None else {held: found}
         if saved is not None and saved.step == checkpoint["global_step"]:
             candidates[source] = saved
-        trainer.strategy.barrier()
         if not candidates:
             if saved is None:
                 return
@@ -234,9 +239,7 @@ class BestCheckpoint(ModelCheckpoint):
         for path, best in candidates.items():
             if self._beats(best.score, candidates[chosen].score):
                 chosen = path
-        if not _is_same(chosen, here):
-            _copy(str(chosen), str(here))
-        trainer.strategy.barrier()
+        self._to_copy = None if _is_same(chosen, here) else chosen
         self.best_model_path = str(here)
         self.best_model_score, self.best_step = candidates[chosen].score, candidates[chosen].step
 
@@ -265,20 +268,31 @@ class _Best(NamedTuple):
         # in checkpoints of version 0.1.0 the key goes on with the options, the state has no mode and no step, and the
         # best of several files may have another name
         key = next((key for key in states if key.startswith("BestCheckpoint")), None)
-        if key is None or states[key]["best_model_score"] is None:
+        if key is None or states[key].get("best_model_score") is None:
             return None
         state = {"mode": "min" if "'mode': 'min'" in key else "max", "best_step": -1, **states[key]}
-        score = torch.as_tensor(state["best_model_score"]).cpu()
-        return cls(state["monitor"], state["mode"], score, state["best_step"], Path(state["best_model_path"]).name)
+        try:
+            score = torch.as_tensor(state["best_model_score"]).cpu()
+            best = cls(state["monitor"], state["mode"], score, state["best_step"], Path(state["best_model_path"]).name)
+            sound = score.numel() == 1 and best.mode in ("min", "max") and isinstance(best.monitor, str)
+            sound = sound and type(best.step) is int
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            sound = False
+        if not sound:
+            raise InputError(
+                "the checkpoint does not say rightly which was the best of its run; start from its weights with "
+                "--model.initial_weights"
+            )
+        return best
 
     @classmethod
     def read(cls, path: Path) -> "_Best | None":
         """What ``best.ckpt`` says of itself; None where it cannot be read or is not there."""
         try:
             checkpoint = read_checkpoint(path, "checkpoint") if path.is_file() else {}
+            best = cls.of(checkpoint)
         except InputError:
             return None
-        best = cls.of(checkpoint)
         return None if best is None else best._replace(step=checkpoint["global_step"])
 
 
@@ -324,6 +338,11 @@ def _check_monitors(trainer: L.Trainer) -> None:
         # Lightning's default is min; the other way round somebody has typed it
         if mode == "min" and isinstance(monitor, str) and direction(monitor) == "max":
             raise InputError(f"{name}.mode='min': a higher {monitor} is better; give mode max")
+        filename = Path(getattr(callback, "filename", None) or "")
+        if isinstance(callback, ModelCheckpoint) and (filename.is_absolute() or ".." in filename.parts):
+            raise InputError(
+                f"{name}.filename={callback.filename!r} leads out of its folder; give another folder with dirpath"
+            )
         if isinstance(callback, ModelCheckpoint) and _is_same(callback.dirpath or "", folder or ""):
             if callback.save_last:
                 raise InputError(f"{name}.save_last={callback.save_last}: {LAST} is kept anyway; leave save_last out")
@@ -482,6 +501,23 @@ class LastCheckpoint(Checkpoint):
 class CheckpointFiles(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all: a full disk or a killed process leaves the one before it untouched."""
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint as :func:`awconv.checkpoint.read_checkpoint` does, unless told that it is no stranger's.
+
+        Raises:
+            InputError: If it is damaged or no checkpoint of a run.
+        """
+        if "://" in str(path) or weights_only is False:
+            return super().load_checkpoint(path, map_location, weights_only)
+        # the file may be replaced, or cut short, while its tensors are used
+        content = copy.deepcopy(read_checkpoint(Path(path), "ckpt_path"))
+        for name in begins_afresh(content):
+            if name == "loops":
+                content.pop("position", None)
+            else:
+                content[name] = {} if name == "callbacks" else []
+        return content
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes ``checkpoint`` to ``path``, on the disk when it returns.
 
@@ -534,7 +570,7 @@ def find_run(given: Path) -> tuple[Path, Path]:
             if path.is_file():
                 return given, path
     config = given / CONFIG
-    if config.is_file() and config.read_text(encoding="utf-8").startswith(config_heading("fit")):
+    if config.is_file() and config_text.read(config).startswith(config_heading("fit")):
         return given, config
     what = "holds no checkpoint, and is not of a fit that was about to begin" if given.is_dir() else "does not exist"
     raise InputError(f"resume={str(given)!r} {what}; give the folder of a run")
@@ -547,10 +583,11 @@ def find_newest(root: Path) -> Path | None:
         The folder that holds its ``best.ckpt`` or ``last.ckpt``, or both; None if no run has any.
     """
     folders = {path.parent for path in root.glob("**/checkpoints/*.ckpt")}
+    heading = config_heading("fit")
     for config in root.glob(f"**/{CONFIG}"):
-        if not (config.parent / "checkpoints").is_dir():  # they may lie elsewhere
+        if config.is_file() and not (config.parent / "checkpoints").is_dir():  # they may lie elsewhere
             with config.open(encoding="utf-8", errors="replace") as file:
-                if file.readline() == config_heading("fit"):
+                if file.readline(len(heading)) == heading:
                     folders.update(_checkpoint_folders(config.parent))
     written = [path for folder in folders for path in (folder / BEST, folder / LAST) if path.is_file()]
     return max(written, key=lambda path: path.stat().st_mtime).parent if written else None
@@ -558,54 +595,18 @@ def find_newest(root: Path) -> Path | None:
 
 def _checkpoint_folders(run: Path) -> list[Path]:
     """Where the checkpoints of a run may lie: below it, or where its config says."""
-    config, content = run / CONFIG, None
-    if config.is_file():
-        with suppress(yaml.YAMLError, UnicodeDecodeError):  # of an editor's making; whoever parses it will say so
-            content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    content = content if isinstance(content, dict) else {}
-    elsewhere = [(content.get(section) or {}).get("dirpath") for section in ("last_checkpoint", "checkpoint")]
-    return [run / "checkpoints", *map(Path, filter(None, elsewhere))]
+    sections: list[Any] = []
+    if (run / CONFIG).is_file():
+        with suppress(InputError):  # of an editor's making; whoever parses it will say so
+            content = config_text.load_file(run / CONFIG)
+            sections = [content.get(name) for name in ("last_checkpoint", "checkpoint")]
+    elsewhere = [section.get("dirpath") for section in sections if isinstance(section, dict)]
+    return [run / "checkpoints", *(Path(folder) for folder in elsewhere if folder and isinstance(folder, str))]
 
 
 def config_heading(command: str) -> str:
     """The first line of a run's ``config.yaml``, by which one sees what made it."""
     return f"# everything that lightning_cli.py {command} was given, and all defaults\n"
-
-
-def read_checkpoint(path: Path, argument: str) -> Mapping[str, Any]:
-    """Reads a checkpoint as weights only, its tensors left on the disk.
-
-    Args:
-        path: The file.
-        argument: What named it, for messages.
-
-    Raises:
-        InputError: If it is damaged or no checkpoint of a run; the message names the one before it if that is whole.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # the unpickler, the zip reader and the file system each raise their own kinds
-        raise InputError(
-            f"{argument}={str(path)!r} is not a checkpoint that can be loaded as weights only "
-            f"({type(error).__name__}); it is damaged, another kind of file, or carries code, which is never run"
-            f"{_offer_the_one_before(path)}"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(
-            f"{argument}={str(path)!r} is no checkpoint of a run; bare weights go into --model.initial_weights"
-        )
-    return checkpoint
-
-
-def _offer_the_one_before(path: Path) -> str:
-    before = path.with_name(PREVIOUS)
-    if path.name != LAST or not before.is_file():
-        return ""
-    try:
-        step = torch.load(before, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception:  # damaged as well
-        return ""
-    return f"; the one before it, of step {step}, is whole: give {before}"
 
 
 def _flush(trainer: L.Trainer) -> None:

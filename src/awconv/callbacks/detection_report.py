@@ -19,7 +19,6 @@ from awconv.callbacks.canvas import (
     counted,
     evenly_spaced,
     one_warning_about_glyphs,
-    printable,
     save_png,
     spread_rank,
     upright_picture,
@@ -32,7 +31,7 @@ from awconv.callbacks.detection_figures import (
 )
 from awconv.callbacks.run_files import Files, PredictionFiles, class_names_of, gather, of_all
 from awconv.data.coco import COCODataset
-from awconv.errors import InputError, require_int, require_number
+from awconv.errors import InputError, printable, require_int, require_number
 from awconv.files import write_csv
 
 if TYPE_CHECKING:
@@ -268,7 +267,7 @@ class DetectionReport(PredictionFiles):
         if unreadable:
             warnings.warn(
                 f"{len(unreadable)} of {len(predicted)} pictures can no longer be read and were not drawn, "
-                f"the first is {unreadable[0]}",
+                f"the first is {printable(unreadable[0])}",
                 stacklevel=2,
             )
 

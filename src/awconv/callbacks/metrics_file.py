@@ -1,6 +1,5 @@
 """metrics.csv, which goes on where a resumed run goes on."""
 
-import csv
 from pathlib import Path
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -8,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from awconv.files import atomic_write
+from awconv.files import atomic_write, read_csv, write_csv
 
 
 class MetricsFile(CSVLogger):
@@ -57,6 +56,9 @@ class _AppendingWriter(ExperimentWriter):
         new: set[str] = super()._record_new_keys()
         # what is in the file already stays in its order unless it is written anew
         self.metrics_keys = sorted(self.metrics_keys, key=_place) if new else there
+        path = Path(self.metrics_file_path)
+        if not path.is_file():  # for which Lightning would write the names as they are
+            _write(path, self.metrics_keys, [])
         return new
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
@@ -77,15 +79,10 @@ def _place(column: str) -> tuple[int, str]:
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns and the rows of a file, but for a last row that a killed process left unfinished."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        rows = [row for row in reader if None not in row.values()]
-    return columns, rows
+    columns, rows = read_csv(path)
+    return columns, [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns)]
 
 
 def _write(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    with atomic_write(path) as temporary:
+        write_csv(temporary, columns, [[row.get(column, "") for column in columns] for row in rows])

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from awconv.data.pictures import Unreadable
-from awconv.errors import InputError
+from awconv.errors import InputError, printable
 from awconv.files import atomic_write, write_csv
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ class RunFiles(Callback):
 
     Every file appears whole or not at all. A file that this callback wrote itself is replaced when the same
     trainer tests or predicts again; a file that was there before is never touched, and the new ones are then
-    numbered (``predictions_2.csv``, ``predictions_2.png``). With ``fast_dev_run`` everything is computed and
-    drawn, but nothing is written, as Lightning writes no logs and checkpoints then.
+    numbered (``predictions_2.csv``, ``predictions_2.png``). Tables are CSV files of :func:`awconv.files.write_csv`, for
+    a spreadsheet; :func:`awconv.files.read_csv` reads them as they were. With ``fast_dev_run`` everything is computed
+    and drawn, but nothing is written, as Lightning writes no logs and checkpoints then.
     """
 
     def __init__(self) -> None:
@@ -77,7 +78,7 @@ class RunFiles(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Prints the paths, below Lightning's own table of results."""
         for line in self._announcements:
-            print(line)
+            print(printable(line))
         self._announcements = []
 
 

@@ -22,8 +22,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 
-from awconv.callbacks.checkpoints import LAST, direction
+from awconv.callbacks.checkpoints import direction
 from awconv.callbacks.network_summary import count_parameters
+from awconv.checkpoint import LAST
 from awconv.errors import require, require_number
 from awconv.tasks import ClassificationTask, DetectionTask
 

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
+from awconv import config_text
 from awconv.callbacks import (
     AttentionMonitor,
     BestCheckpoint,
@@ -32,15 +33,14 @@ from awconv.callbacks import (
     Preempted,
     TrainingMonitor,
 )
-from awconv.callbacks.checkpoints import LAST, read_checkpoint
 from awconv.callbacks.wandb_run import describe_runs
-from awconv.cli import config_text
+from awconv.checkpoint import LAST, begins_afresh, read_checkpoint
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
 from awconv.cli.checks import (
     construct,
     refused_by_library,
-    require_one_accumulation,
     require_sensible_numbers,
+    require_sensible_trainer,
 )
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunFolder, RunRecorder, experiment_name, lead_loggers
@@ -130,6 +130,12 @@ class AWConvCLI(LightningCLI):
         parser.add_argument(
             "--resume", type=str | None, help="Folder of a run that is to go on there, or a checkpoint in it; for fit."
         )
+        parser.add_argument(
+            "--trust_checkpoint_config",
+            type=bool,
+            default=False,
+            help="Take loggers, callbacks, paths and classes from the config of a checkpoint; see SECURITY.md.",
+        )
         # everywhere, so that the config of a run can be given to every command
         parser.add_argument(
             "--test_after_fit", type=bool, default=False, help="Let fit test the best checkpoint when it has trained."
@@ -200,7 +206,7 @@ class AWConvCLI(LightningCLI):
             if self._refused is not None:
                 raise self._refused from None
             raise
-        require_one_accumulation(self.trainer)
+        require_sensible_trainer(self.trainer)
         describe_runs(
             self.trainer.loggers,
             experiment_name(config),
@@ -315,11 +321,13 @@ class AWConvCLI(LightningCLI):
         """Notes where a resumed run begins."""
         if path := self.config[self.subcommand].ckpt_path:
             checkpoint = read_checkpoint(Path(path), "ckpt_path")
-            if not {"global_step", "epoch", "loops", "optimizer_states"} <= checkpoint.keys():
+            if {"loops", "optimizer_states"}.isdisjoint(checkpoint):
                 raise InputError(
                     f"ckpt_path={path} holds weights, and not the state of a run; start from them with "
                     "--model.initial_weights"
                 )
+            if (afresh := begins_afresh(checkpoint)) and self.trainer.is_global_zero:
+                print(f"ckpt_path={path} lacks {', '.join(afresh)}, which begin afresh", file=sys.stderr)
             self._resumed_step = checkpoint["global_step"]
             epochs = self.trainer.max_epochs
             if epochs is not None and -1 < epochs < checkpoint["epoch"]:

@@ -4,19 +4,18 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import reduce
 from importlib.resources import files
 from operator import or_
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
-import yaml
-
+from awconv import config_text
 from awconv.callbacks import BestCheckpoint
-from awconv.callbacks.checkpoints import direction, find_newest, find_run, read_checkpoint
-from awconv.cli import config_text
+from awconv.callbacks.checkpoints import direction, find_newest, find_run
+from awconv.checkpoint import foreign_code, read_checkpoint
 from awconv.errors import InputError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
@@ -28,8 +27,10 @@ def complete(args: list[str]) -> list[str]:
     """Puts the base config and the configs before the flags, and names the checkpoint file that is meant.
 
     The base is the config that the checkpoint carries where ``--ckpt_path`` or ``--resume`` is given, else the embedded
-    default where no config names a model or data. All of a checkpoint's config is the base of ``fit``, which goes on
-    with that run; its data, model and best metric are the base of the other commands.
+    default where no config names a model or data. A checkpoint's data and model are the base of every command, and for
+    ``fit`` what its trainer counts too. What acts beyond that (loggers, callbacks, plugins, ...), and classes that are
+    neither this project's nor beside its script, come from a checkpoint only by ``--resume``, which is for runs of
+    one's own, or after ``--trust_checkpoint_config true``.
 
     Args:
         args: The words after the program's name.
@@ -65,15 +66,20 @@ def complete(args: list[str]) -> list[str]:
             paths = [str(start), *paths]
             configs = [_read_config(start), *configs]
     asked += [] if asked else [str(c["ckpt_path"]) for c in configs if c.get("ckpt_path") is not None]
+    trust, _ = _split(flags, "--trust_checkpoint_config")
+    said = trust or [str(c["trust_checkpoint_config"]) for c in configs if "trust_checkpoint_config" in c]
+    believed = bool(resumed) or (bool(said) and said[-1].lower() == "true")
     base = checkpoint = None
     if asked and asked[-1] not in ("null", "None"):
         roots = [
-            str(c["trainer"]["default_root_dir"]) for c in configs if "default_root_dir" in (c.get("trainer") or {})
+            str(c["trainer"]["default_root_dir"])
+            for c in configs
+            if isinstance(c.get("trainer"), dict) and "default_root_dir" in c["trainer"]
         ]
         roots += _split(flags, r"--trainer\.default_root_dir")[0]
         checkpoint = _resolve_checkpoint(asked[-1], Path(roots[-1] if roots else "runs"))
         flags.append(f"--ckpt_path={checkpoint}")
-        base = _checkpoint_config(checkpoint, subcommand, has_config=bool(configs))
+        base = _checkpoint_config(checkpoint, subcommand, _Typed(configs, flags, believed))
     elif not any(_names_a_class(config) for config in configs):
         base = files("awconv.cli").joinpath("default.yaml").read_text(encoding="utf-8")
     ordered = [base, *paths] if base else paths
@@ -102,6 +108,26 @@ def count_in_whole_numbers(function: Callable[..., Any]) -> None:
             annotations[name] = reduce(or_, kinds)
 
 
+class _Typed(NamedTuple):
+    """What was typed, and whether the checkpoint's config is believed like it."""
+
+    configs: list[dict[str, Any]]
+    flags: list[str]
+    believed: bool
+
+    def names(self, option: str) -> bool:
+        """Whether an option such as ``trainer.logger`` was typed."""
+        section, _, name = option.partition(".")
+        in_configs = any(name in (config.get(section) or {}) if name else section in config for config in self.configs)
+        return in_configs or any(flag.startswith(f"--{option}") for flag in self.flags)
+
+    def texts(self) -> Iterator[str]:
+        """All values that were typed."""
+        yield from _texts(self.configs)
+        for flag in self.flags:
+            yield flag.partition("=")[2] or flag
+
+
 def _names_a_class(config: dict[str, Any]) -> bool:
     # overlays alone go on top of the embedded default
     sections = [config.get("model"), config.get("data")]
@@ -111,8 +137,14 @@ def _names_a_class(config: dict[str, Any]) -> bool:
 
 
 def _initial_weights(config: dict[str, Any]) -> Any:
+    return _init_args(config).get("initial_weights")
+
+
+def _init_args(config: dict[str, Any]) -> dict[str, Any]:
+    """The options of a config's model, where it gives any and they are options."""
     model = config.get("model")
-    return (model.get("init_args") or {}).get("initial_weights") if isinstance(model, dict) else None
+    options = model.get("init_args") if isinstance(model, dict) else None
+    return options if isinstance(options, dict) else {}
 
 
 def _split(words: list[str], option: str) -> tuple[list[str], list[str]]:
@@ -136,21 +168,24 @@ def _read_config(path: Path) -> dict[str, Any]:
         there = {p.name: str(p) for p in Path("configs").glob("**/*.yaml")}
         near = difflib.get_close_matches(path.name, there, n=1)
         hint = f"; did you mean {there[near[0]]}?" if near else "; give a YAML file"
-        raise InputError(f"config {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}{hint}")
-    try:
-        content = config_text.load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"config {str(path)!r} holds {type(content).__name__}, not sections such as model: and data:")
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
+        raise InputError(f"config {str(path)!r} {what}{hint}")
+    content = config_text.load_file(path)
+    # the parser would pass over them
+    if content.get("config") is not None and not isinstance(content["config"], str):
+        raise InputError(f"config {str(path)!r}: config is no path; name further configs with -c")
+    for name in ("trainer", "checkpoint", "last_checkpoint"):
+        section = content.get(name, {})
+        if not isinstance(section, dict | str):
+            kind = "nothing" if section is None else type(section).__name__
+            raise InputError(f"config {str(path)!r}: {name} holds {kind}, not options; give some, or leave it out")
     return content
 
 
 def _refuse_linked(flags: list[str], configs: list[dict[str, Any]]) -> None:
     typed = {match[1] for flag in flags if (match := re.match(r"--model\.(?:init_args\.)?(\w+)(?:=|$)", flag))}
     for config in configs:
-        model = config.get("model")
-        typed |= set(model.get("init_args") or {}) if isinstance(model, dict) else set()
+        typed |= set(_init_args(config))
     if given := typed & set(LINKED):
         raise InputError(
             f"model.{sorted(given)[0]} is taken from the data and cannot be given; change the data instead"
@@ -179,13 +214,15 @@ def _resolve_checkpoint(value: str, root: Path) -> Path:
     return path
 
 
-def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | None:
+def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None:
+    """Gives what a checkpoint's config says, as far as it may say it, as the base of what was typed."""
     checkpoint = read_checkpoint(path, "ckpt_path")
     config = checkpoint.get("config")
     if config is None:
-        if has_config:
+        if typed.configs:
             return None
         raise InputError(f"ckpt_path={str(path)!r} carries no config; give with -c the configs it was trained with")
+    config.pop("weights_only", None)  # which no file decides of itself
     if subcommand == "fit":
         # earlier versions took all options of Lightning's ModelCheckpoint
         known = set(inspect.signature(BestCheckpoint).parameters)
@@ -193,6 +230,8 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
             known.discard("mode")  # which nobody needed to give
         config["checkpoint"] = {key: value for key, value in (config.get("checkpoint") or {}).items() if key in known}
         _keep_what_was_found(config, checkpoint)
+        if not typed.believed:
+            config = _without_what_acts(config, path, typed)
     else:
         config = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
     model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
@@ -200,11 +239,81 @@ def _checkpoint_config(path: Path, subcommand: str, has_config: bool) -> str | N
         data["on_bad_image"] = None  # version 0.1.0 had no other default
     if "initial_weights" in model:
         model["initial_weights"] = None  # they are in the checkpoint
+    if not typed.believed:
+        _refuse_foreign_code(config, path, typed)
+        if "download" in data:
+            data["download"] = False  # into a folder that the checkpoint names
     for name in ("class_names", "category_ids"):
         if name in data:
             # the classes that the network knows: pictures can be predicted where the data set itself is not
             data[name] = checkpoint.get("hyper_parameters", {}).get(name)
     return config_text.dump(config)
+
+
+# what a trainer is told by a checkpoint that nobody vouches for: numbers and switches, and of texts these
+_TEXTS_OF_TRAINER = ("accelerator", "devices", "precision", "gradient_clip_algorithm", "deterministic", "max_time")
+_ACTING = ("logger", "callbacks", "plugins", "strategy", "profiler", "model_registry", "default_root_dir")
+_SECTIONS = ("seed_everything", "trainer", "checkpoint", "last_checkpoint", "test_after_fit", "data", "model")
+
+
+def _without_what_acts(config: dict[str, Any], path: Path, typed: _Typed) -> dict[str, Any]:
+    """Leaves out of a checkpoint's config what acts beyond training: who is called, where things are sent or written.
+
+    Those are loggers, callbacks, plugins, strategy, profiler, and folders that are written to. A line says what was
+    left out and differs from what a run has anyway.
+    """
+    trainer = config.get("trainer") or {}
+    kept = {
+        name: value
+        for name, value in trainer.items()
+        if name not in _ACTING
+        and (value is None or isinstance(value, bool | int | float) or name in _TEXTS_OF_TRAINER)
+        and foreign_code(value) is None
+    }
+    sections = {name: config[name] for name in _SECTIONS if name in config}
+    for name in ("checkpoint", "last_checkpoint"):
+        sections[name] = {key: value for key, value in (sections.get(name) or {}).items() if key != "dirpath"}
+    left = {f"trainer.{name}": value for name, value in trainer.items() if name not in kept}
+    left |= {f"{name}.dirpath": (config.get(name) or {}).get("dirpath") for name in ("checkpoint", "last_checkpoint")}
+    left |= {str(name): value for name, value in config.items() if name not in _SECTIONS}
+    usual: list[Any] = [None, [], {}, False, "auto", "runs"]
+    told = [name for name, value in left.items() if value not in usual and not _is_usual_logger(value)]
+    if told := [name for name in told if not typed.names(name)]:
+        print(
+            f"left out of the config of {path}: {', '.join(told)}; give again what you want of it, or believe the file "
+            "with --trust_checkpoint_config true",
+            file=sys.stderr,
+        )
+    return {**sections, "trainer": kept}
+
+
+def _is_usual_logger(value: Any) -> bool:
+    return isinstance(value, dict) and value.get("class_path") == "awconv.callbacks.MetricsFile"
+
+
+def _refuse_foreign_code(config: dict[str, Any], path: Path, typed: _Typed) -> None:
+    believed = set(typed.texts())
+    for section in (config["data"], config["model"]):
+        if foreign := foreign_code(section, believed):
+            raise InputError(
+                f"ckpt_path={str(path)!r}: its config names {foreign[:200]}, which is neither of awconv nor beside "
+                "lightning_cli.py, and is not imported; where you trust the file, give --trust_checkpoint_config true"
+            )
+        for text in _texts(section):
+            # on Windows, to look there hands over the user's name and password's hash
+            if text.startswith(("\\\\", "//")) and text not in believed:
+                raise InputError(
+                    f"ckpt_path={str(path)!r}: its config names {text[:200]}, a folder of another machine; where you "
+                    "trust the file, give --trust_checkpoint_config true"
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
 
 
 def _keep_what_was_found(config: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:

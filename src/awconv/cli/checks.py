@@ -1,17 +1,26 @@
 """Options that cannot work, found before anything runs."""
 
+import errno
+import inspect
+import math
+import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pkgutil import resolve_name
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 
+from awconv.cli.arguments import LINKED
 from awconv.errors import InputError, is_number
 from awconv.tasks.schedule import accumulation_scheduler
 
@@ -22,12 +31,19 @@ _LIBRARIES = {
     *("wandb", "mlflow", "comet_ml", "tensorboard", "tensorboardX", "neptune", "litlogger"),
     *sys.stdlib_module_names,
 }
-_MINIMA = {
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "log_every_n_steps": 0,
-    "num_sanity_val_steps": -1,
-    "gradient_clip_val": 0,
+_MINIMA: dict[str, dict[str, float]] = {
+    "Trainer": {
+        "accumulate_grad_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "log_every_n_steps": 0,
+        "num_sanity_val_steps": -1,
+        "gradient_clip_val": 0,
+        "min_epochs": 0,
+        "min_steps": 0,
+    },
+    "EarlyStopping": {"patience": 0},
+    "LearningRateFinder": {"min_lr": 1e-12, "max_lr": 1e-12, "num_training_steps": 1},
+    "BatchSizeFinder": {"steps_per_trial": 1, "init_val": 1, "max_trials": 1},
 }
 
 
@@ -43,12 +59,11 @@ def require_sensible_numbers(config: Any, command: str) -> None:
     """
     for name, value in _numbers(config, ""):
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise InputError(f"{name}={value}: expected a whole number below 2**63; give a smaller one")
+            # Python refuses to print more digits than some thousands
+            said = value if value.bit_length() < 1000 else f"{hex(value)[:40]}..."
+            raise InputError(f"{name}={said}: expected a whole number below 2**63; give a smaller one")
     trainer = config.trainer
-    for name, low in _MINIMA.items():
-        value = trainer.get(name)
-        if value is not None and not (is_number(value) and value >= low):
-            raise InputError(f"trainer.{name}={value}: expected a number of at least {low}, or null for the default")
+    _require_minima("trainer.", "Trainer", trainer)
     every = trainer.get("val_check_interval")
     if is_number(every) and every <= 0:
         raise InputError(
@@ -60,6 +75,78 @@ def require_sensible_numbers(config: Any, command: str) -> None:
             "trainer.limit_train_batches=0: expected at least one batch to train on; to measure without training use "
             "the command validate or test"
         )
+    for name in ("max_epochs", "max_steps"):
+        if command == "fit" and trainer.get(name) == 0 and not config.get("ckpt_path"):
+            raise InputError(
+                f"trainer.{name}=0 trains nothing; give at least 1, or to measure without training the command "
+                "validate or test"
+            )
+
+    for name, spec in _objects(config, ""):
+        _require_sensible_object(name, spec)
+    if command == "fit":
+        sections = {"checkpoint": config.checkpoint, "last_checkpoint": config.last_checkpoint}
+        sections |= {name: spec.init_args for name, spec in _objects(config, "") if spec.get("init_args")}
+        for name, options in sections.items():
+            folder = options.get("dirpath")
+            if isinstance(folder, str) and "://" not in folder:
+                _require_writable(f"{name}.dirpath", folder)
+
+
+def _require_writable(argument: str, folder: str) -> None:
+    """Refuses a folder for checkpoints in which none could be written, before an epoch is lost on it."""
+    # Lightning makes the folder that a link leads to
+    there = Path(os.path.realpath(Path(folder).expanduser()))
+    while not there.exists() and not there.is_symlink():
+        there = there.parent
+    why = "the folder is not named" if not folder else f"{there} is no folder" if not there.is_dir() else ""
+    if not why:
+        try:  # what a file system says of its permissions need not be so
+            with TemporaryDirectory(dir=there):
+                pass
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a resumed run may find room before it writes
+                why = f"{there} cannot be written to ({error.strerror})"
+    if why:
+        raise InputError(f"{argument}={folder!r}: {why}; give another")
+
+
+def _require_sensible_object(name: str, spec: Namespace) -> None:
+    """Refuses what the parser lets through to a constructor that cannot do with it."""
+    kind, options = resolve_name(spec.class_path), vars(spec.init_args) if spec.get("init_args") else {}
+    if not isinstance(kind, type):  # a function that makes the object
+        return
+    _require_minima(f"{kind.__name__}.", kind.__name__, options)
+    if _root(kind.__module__) == "awconv" and spec.get("dict_kwargs"):
+        raise InputError(f"{name}: {kind.__name__} has no option {min(spec.dict_kwargs)!r}; leave it out")
+    for option, value in options.items():
+        if isinstance(value, float) and math.isnan(value) and _root(kind.__module__) in ("awconv", "lightning"):
+            raise InputError(f"{name}.{option}={value}: expected a number")
+    for option in [option for option, value in options.items() if value is None and option not in LINKED]:
+        constructors = (vars(cls)["__init__"] for cls in kind.__mro__ if "__init__" in vars(cls))
+        found = (inspect.signature(one).parameters.get(option) for one in constructors)
+        parameter = next(filter(None, found), None)
+        if parameter and parameter.annotation in (bool, int, float, str) and parameter.default is not None:
+            expected = parameter.annotation.__name__
+            raise InputError(f"{name}.{option}=null: expected {expected}; give one, or leave it out for the default")
+
+
+def _objects(value: Any, name: str) -> Iterator[tuple[str, Namespace]]:
+    if isinstance(value, Namespace):
+        if isinstance(value.get("class_path"), str):
+            yield name, value
+        for key, inner in vars(value).items():
+            yield from _objects(inner, f"{name}.{key}" if name and key != "init_args" else name or key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _objects(inner, name)
+
+
+def _require_minima(prefix: str, kind: str, options: Any) -> None:
+    for name, low in _MINIMA.get(kind, {}).items():
+        value = options.get(name)
+        if value is not None and not (is_number(value) and value >= low):
+            raise InputError(f"{prefix}{name}={value}: expected a number of at least {low}, or null for the default")
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -73,8 +160,12 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def require_one_accumulation(trainer: L.Trainer) -> None:
-    """Refuses two answers to how many batches make a step."""
+def require_sensible_trainer(trainer: L.Trainer) -> None:
+    """Refuses two answers to how many batches make a step, and no time to make one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            raise InputError("trainer.max_time, or the duration of Timer, leaves no time to train; give more, or null")
     given = trainer.accumulate_grad_batches
     scheduler = accumulation_scheduler(trainer)
     if given != 1 and scheduler is not None and scheduler.going_to_accumulate_grad_batches():
@@ -122,6 +213,11 @@ def refused_by_library(error: Exception) -> str | None:
         return f"the trainer refuses its settings: {' '.join(str(error).split())}"  # whoever called the loop
     if not all(map(_is_library, frames)):
         return None
+    if any(_module(frame).endswith(".checkpoint_connector") for frame in frames):
+        return (
+            f"the state of the run in the checkpoint cannot be restored ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); start from its weights with --model.initial_weights"
+        )
     for frame in reversed(frames):
         owner = frame.f_locals.get("self")
         if isinstance(owner, L.Callback | Logger):

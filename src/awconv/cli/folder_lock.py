@@ -40,6 +40,8 @@ class FolderLock:
             self._acquire(given)
         except OSError as error:
             self.release()
+            if error.errno == errno.ENAMETOOLONG:
+                raise OSError(error.errno, error.strerror, str(folder)) from error
             there = self.folder
             while not there.exists():
                 there = there.parent

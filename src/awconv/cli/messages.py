@@ -1,5 +1,6 @@
 """What a user is told: in one line, where the parser or an exception says it in many."""
 
+import ast
 import difflib
 import errno
 import inspect
@@ -8,7 +9,8 @@ import re
 import sys
 import traceback
 from contextlib import suppress
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -18,12 +20,20 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import awconv.data
 import awconv.tasks
+from awconv import config_text
 from awconv.cli.arguments import LINKED, SUBCOMMANDS
 from awconv.cli.checks import has_foreign_frames
-from awconv.errors import InputError
+from awconv.errors import InputError, printable
 
 # a full disk, a quota, a limit on the size of files, a file system that cannot be written to
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# no permission, a link to itself, a file in the place of a folder or the other way round, a disk that fails
+_NO_WAY = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE)
+# what torch and NumPy say of sizes beyond what there is, or beyond what can be counted
+_NO_MEMORY = re.compile(
+    "not enough memory|can't allocate memory|CUDA error: out of memory|STATUS_ALLOC_FAILED|"
+    "Storage size calculation overflowed|array is too big|Maximum allowed (dimension|size) exceeded"
+)
 # what gloo and the rendezvous say when the process at the other end is gone
 PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|failed to recv, got 0 bytes")
 
@@ -41,27 +51,64 @@ def one_line(message: str, parser: LightningArgumentParser) -> str:
     if "expected one argument" in text:
         return f"{text.split()[1].rstrip(':')} or one of its options has no value; give it one after a space or ="
     key = re.search(r'Parser key "([\w.]+)"', text)
-    value = re.search(r".*(?:Given value|Got value): (.*?)$", text)  # the last: nested types say theirs before
+    value = re.search(r".*(?:Given value|Got value): ?(.*?)$", text)  # the last: nested types say theirs before
+    if key and (given := re.search(r"Unable to load config '(.*?)' - (.*)", text)):
+        why = "" if "Unable" in given[2] else f" ({given[2]})"
+        return (
+            f"{key[1]}={given[1]!r} is neither options nor a file that holds them{why}; give {key[1]}.NAME one by one"
+        )
     if not key or not value:
-        return text
+        return re.sub(r'Parser key "([\w.]+)": ', r"\1: ", text)
+    if broken := _fault_of_file(value[1]):
+        return f"{key[1]}: {broken}"
+    shown = _shown(value[1])
     if key[1] in ("model", "data"):
-        if "." in value[1]:
-            return f"{key[1]}={value[1]!r} cannot be imported; check the module's name and the class's"
+        if "." in shown:
+            return f"{key[1]}={shown!r} cannot be imported; check the module's name and the class's"
         choices = [cls.__name__ for cls in _classes_for(key[1])]
-        return f"{key[1]}={value[1]!r} is no known class; choose one of {', '.join(choices)}, or a dotted import path"
+        return f"{key[1]}={shown!r} is no known class; choose one of {', '.join(choices)}, or a dotted import path"
     # each type of a union is told once in "Subtypes" and once in "Errors"
     choices = list(dict.fromkeys(", ".join(re.findall(r"Literal\[(.*?)\]", text)).split(", ")))
     if choices != [""]:
         near = difflib.get_close_matches(value[1], [choice.strip("'") for choice in choices], n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{key[1]}={value[1]!r} is unknown; choose one of {', '.join(choices)}{hint}"
-    expected = re.search(r"Subtypes: \[(.*?)\] Errors|Expected a (.*?)\.? Got value", text)
+        return f"{key[1]}={shown!r} is unknown; choose one of {', '.join(choices)}{hint}"
+    expected = re.search(r"Subtypes: \[(.*?)\] Errors", text) or re.search(r"Expected a (.*?)\.? Got value", text)
     if not expected:
         return text
-    types = expected[1] or expected[2]
-    for pattern, plain in ((r"<class '(?:\w+\.)*(\w+)'>", r"\1"), (r"typing\.", ""), ("NoneType", "null")):
-        types = re.sub(pattern, plain, types)
-    return f"{key[1]}={value[1]!r} is not valid; expected {types.replace(', ', ' or ')}{_spelled(value[1], types)}"
+    types = re.sub(r"<class '([\w.]+)'>", r"\1", expected[1])
+    types = re.sub(r"(?:\w+\.)+(?=\w)", "", types).replace("NoneType", "null")
+    types = re.sub(r", (?![^\[]*\])", " or ", types)
+    return f"{key[1]}={shown!r} is not valid; expected {types}{_spelled(value[1], types)}"
+
+
+def _fault_of_file(value: str) -> str:
+    """What is wrong with a config that was given as the value of an option."""
+    try:
+        if Path(value).is_file():
+            config_text.load_file(Path(value))
+    except InputError as error:
+        return str(error)
+    except (OSError, ValueError):  # a value that is no path
+        pass
+    return ""
+
+
+def _shown(value: str) -> str:
+    """Shows a mapping by its class or its keys alone: it may be the content of a file that was named by mistake."""
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        read = ast.literal_eval(value)
+        return _without_values(read) if isinstance(read, dict | list) else value
+    return value
+
+
+def _without_values(value: Any) -> str:
+    if isinstance(value, dict):
+        kind = value.get("class_path")
+        return kind if isinstance(kind, str) else f"{{{', '.join(map(str, value))}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_without_values, value))}]"
+    return repr(value)
 
 
 def _spelled(value: str, types: str) -> str:
@@ -144,15 +191,18 @@ def _nearest_option(name: str, parser: LightningArgumentParser) -> str:
 
 def bad_input(error: BaseException) -> str | None:
     """Finds what the user did wrong behind an exception; the parser wraps those of constructors in its own."""
-    text = " ".join(str(error).split())
+    said = str(error)
+    if "Original Traceback" in said:  # of a worker, which raised what the last line says
+        said = said.rstrip().rpartition("\n")[2].partition(": ")[2]
+    text = " ".join(said.split())
     if isinstance(error, InputError):
         return text
-    if said := _exhausted(error, text):
-        return said
+    if exhausted := _exhausted(error, text):
+        return exhausted
     if isinstance(error, MisconfigurationException):
         return None if has_foreign_frames(error) else text
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and re.search("not enough memory|can't allocate memory", text)
+        isinstance(error, RuntimeError | ValueError) and _NO_MEMORY.search(text)
     ):
         return f"out of memory ({text[:200]}); give a smaller --data.batch_size, image size or network"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -160,8 +210,10 @@ def bad_input(error: BaseException) -> str | None:
         return f"{name[:40]!r}... ({len(name)} characters) is too long for a path; give a shorter one"
     if type(error).__module__.startswith("wandb.") and type(error).__name__ == "UsageError":
         return f"{text} (log in with `wandb login`, or set WANDB_MODE=offline)"
-    if isinstance(error, PermissionError) and error.filename:
+    if isinstance(error, OSError) and error.errno in _NO_WAY and error.filename:
         return f"{error.filename} cannot be opened ({error.strerror}); change its permissions, or name another"
+    if isinstance(error, ValueError) and text.startswith("embedded null"):
+        return "a path or an option holds a NUL character; take it out"
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return (
             f"{error.filename or 'a file of the run'} could not be written ({error.strerror}); checkpoints written "
@@ -212,8 +264,14 @@ def _exhausted(error: BaseException, text: str) -> str | None:
     return None
 
 
+def _shortened(message: str) -> str:
+    """Cuts what nobody reads: long words, and the middle of a long message, whose end is the remedy."""
+    message = re.sub(r"\S{400,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", message)
+    return message if len(message) <= 1500 else f"{message[:1000]} ... {message[-400:]}"
+
+
 def fail(message: str) -> NoReturn:
     """Says what the user did wrong, and ends the process with exit code 2."""
-    rank = os.environ.get("LOCAL_RANK", "0")
+    rank, message = os.environ.get("LOCAL_RANK", "0"), printable(_shortened(message))
     print(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
     sys.exit(2)

@@ -16,9 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from awconv import config_text
 from awconv.callbacks import MetricsFile
 from awconv.callbacks.checkpoints import CONFIG, config_heading
-from awconv.cli import config_text
 from awconv.cli.folder_lock import LOCK, FolderLock
 from awconv.errors import InputError
 from awconv.files import atomic_write
@@ -145,7 +145,7 @@ def experiment_name(config: Any) -> str:
     head, attention, backbone = (word if isinstance(word, str) else "" for word in words)
     aw = "aw" if init_args.get("aw", None) else ""
     model = "_".join(filter(None, [head, aw, attention, backbone or short(config.model, "Task")]))
-    return re.sub(r"[^\w.+-]+", "-", f"{short(config.data, 'DataModule')}-{model}")
+    return re.sub(r"[^\w.+-]+", "-", f"{short(config.data, 'DataModule')}-{model}")[:100]
 
 
 def lead_loggers(config: Any, run_dir: str) -> None:
@@ -181,7 +181,7 @@ class RunRecorder(SaveConfigCallback):
     """
 
     # what belongs to one call of one command, and would be refused or misunderstood by the next
-    _NOT_KEPT = ("ckpt_path", "resume", "run_dir", "verbose", "return_predictions")
+    _NOT_KEPT = ("ckpt_path", "resume", "run_dir", "trust_checkpoint_config", "verbose", "return_predictions")
 
     def __init__(self, parser: LightningArgumentParser, config: Any, *, run_dir: str, command: str, typed: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False)

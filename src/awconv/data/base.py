@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
@@ -11,6 +12,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from awconv.checkpoint import ChecksCheckpoint
 from awconv.data.encoded import DecodingLoader, EncodedPictures
 from awconv.data.loading import (
     EvaluationSampler,
@@ -21,9 +23,16 @@ from awconv.data.loading import (
     TrainingSampler,
     TrainingSet,
 )
-from awconv.data.pictures import EXTENSIONS_SHOWN, PassedOver, PictureDataset, find_pictures, unreadable
+from awconv.data.pictures import (
+    EXTENSIONS_SHOWN,
+    PassedOver,
+    PictureDataset,
+    find_pictures,
+    limit_pixels,
+    unreadable,
+)
 from awconv.data.resident import ResidentBatches, ResidentSplit, as_it_is
-from awconv.errors import InputError, require, require_int
+from awconv.errors import InputError, printable, require, require_int
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Transform: TypeAlias = Callable[..., Any]
@@ -38,7 +47,7 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[str, ...]] = {
 }
 
 
-class BaseDataModule(LightningDataModule):
+class BaseDataModule(ChecksCheckpoint, LightningDataModule):
     """Base class of the data modules of every task; start from the one of your task.
 
     A task's base class supplies :meth:`load_split`, :meth:`predict_transform` and :meth:`collate`; its data sets
@@ -60,6 +69,9 @@ class BaseDataModule(LightningDataModule):
             out to be damaged, since their measures are of a set of images that is known.
         check_images: Decode every image file of the splits that a command uses before it begins, and stop if any cannot
             be read. It takes as long as an epoch of reading them. (``predict`` checks only with `on_bad_image` "stop".)
+        max_image_pixels: An image file whose head tells of more pixels cannot be read: a file of a kilobyte may ask for
+            all memory. It holds for all images that the process and its workers read, those of figures included, from
+            when a data module is set up until another one is.
         seed: Seed of what the data module itself makes or cuts out; nothing else depends on it.
 
     Raises:
@@ -76,6 +88,7 @@ class BaseDataModule(LightningDataModule):
         predict_dir: str | None = None,
         on_bad_image: OnBadImage | None = None,
         check_images: bool = False,
+        max_image_pixels: int = 178_956_970,  # Pillow's own
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -83,6 +96,7 @@ class BaseDataModule(LightningDataModule):
         require_int("num_workers", num_workers, "a whole number, 0 or more", low=0)
         require(on_bad_image in (None, *get_args(OnBadImage)), "on_bad_image", on_bad_image, "stop, skip or null")
         require(isinstance(check_images, bool), "check_images", check_images, "true or false")
+        require_int("max_image_pixels", max_image_pixels, "a number of pixels, at least 1", low=1)
         require_int("seed", seed, "a whole number from 0 to 4294967295", low=0, high=2**32 - 1)
         # The logger gets none of them: Lightning refuses to log a name that the model has too with another
         # value, and `class_names` or `image_size` of a model may well differ.
@@ -92,6 +106,7 @@ class BaseDataModule(LightningDataModule):
         self.predict_dir = predict_dir
         self.on_bad_image = on_bad_image
         self.check_images = check_images
+        self.max_image_pixels = max_image_pixels
         self.seed = seed
         self._datasets: dict[str, MapDataset] = {}
         self._checked_splits: set[str] = set()
@@ -192,7 +207,7 @@ class BaseDataModule(LightningDataModule):
             collate_fn=samples.pack if encoded else self.collate,
             # the decoder reads ordinary memory, and pinning would only copy the bytes once more
             pin_memory=self.device.type == "cuda" and not encoded,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=partial(_begin_worker, self.max_image_pixels),
             **options,
         )
 
@@ -222,7 +237,16 @@ class BaseDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Notes what was trained on, until training begins."""
+        """Notes what was trained on, until training begins.
+
+        Raises:
+            InputError: If it is not what :meth:`state_dict` gives.
+        """
+        if state_dict and not _is_state(state_dict):
+            raise InputError(
+                "the checkpoint does not say rightly how far its run was in its data; start from its weights with "
+                "--model.initial_weights"
+            )
         self._loaded = state_dict
 
     def _begin_epoch(self, epoch: int) -> None:
@@ -280,6 +304,7 @@ class BaseDataModule(LightningDataModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def _dataset(self, split: str) -> MapDataset:
+        limit_pixels(self.max_image_pixels)
         if split not in self._datasets:
             # the stages name no other splits
             dataset = self._pictures_to_predict() if split == "predict" else self.load_split(split)  # type: ignore[arg-type]
@@ -325,10 +350,15 @@ class BaseDataModule(LightningDataModule):
         return PictureDataset(paths, None, self.predict_transform(), skip_bad=self.on_bad_image != "stop")
 
 
+def inform(line: str) -> None:
+    """Says a line, from the first process; control characters of the names in it are escaped."""
+    rank_zero_info(printable(line))
+
+
 def tell(folder: str | os.PathLike[str], passed_over: PassedOver) -> None:
     """Says in one line, from the first process, what a search of a folder for images passed over."""
     if str(passed_over):
-        rank_zero_info(f"{os.fspath(folder)}: passed over {passed_over}")
+        inform(f"{os.fspath(folder)}: passed over {passed_over}")
 
 
 class _Resumed(NamedTuple):
@@ -340,8 +370,9 @@ class _Resumed(NamedTuple):
     first_batch: int
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(max_image_pixels: int, worker: int) -> None:
     """Lets only the main process end a worker: schedulers signal all, and it still needs its batches then."""
+    limit_pixels(max_image_pixels)
     if hasattr(signal, "SIGUSR1"):  # not on Windows
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where no scheduler is to be expected either
@@ -355,3 +386,12 @@ def _leave_when_told(main_process: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
         pass
     os._exit(0)
+
+
+def _is_state(state: dict[str, Any]) -> bool:
+    parts = state.get("parts")
+    if not isinstance(parts, list) or not parts or not all(isinstance(p, list) and len(p) == 3 for p in parts):
+        return False
+    numbers = [state.get(name) for name in ("epoch", "seed", "samples", "batches")]
+    least = [(number, 0) for number in numbers] + [(n, low) for p in parts for n, low in zip(p, (1, 1, 0), strict=True)]
+    return all(type(number) is int and low <= number < 2**63 for number, low in least)

@@ -66,6 +66,7 @@ class ClassificationDataModule(BaseDataModule):
         predict_dir: Folder of images for ``predict``, searched with all its subfolders but the hidden ones.
         on_bad_image: "stop" at an image file that cannot be read or "skip" it; see :class:`BaseDataModule`.
         check_images: Decode every image file before a command begins; see :class:`BaseDataModule`.
+        max_image_pixels: The largest image that is read; see :class:`BaseDataModule`.
         seed: Seed of the split where a validation or test set has to be cut out; nothing else depends on it.
 
     Raises:
@@ -92,6 +93,7 @@ class ClassificationDataModule(BaseDataModule):
         predict_dir: str | None = None,
         on_bad_image: OnBadImage | None = None,
         check_images: bool = False,
+        max_image_pixels: int = 178_956_970,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -100,6 +102,7 @@ class ClassificationDataModule(BaseDataModule):
             predict_dir=predict_dir,
             on_bad_image=on_bad_image,
             check_images=check_images,
+            max_image_pixels=max_image_pixels,
             seed=seed,
         )
         require_int("image_size", image_size, "a whole number of pixels, at least 1", low=1)

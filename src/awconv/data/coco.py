@@ -1,9 +1,11 @@
 """COCO's annotation format: reading a file, checking it, and handing out its images with their boxes."""
 
 import dataclasses
+import errno
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torchvision import tv_tensors
 from awconv.data.base import Transform
 from awconv.data.pictures import Head, composed, read_heads, read_or_next, read_picture, shown
 from awconv.errors import InputError, is_number, require
+from awconv.files import open_regular
 
 Array: TypeAlias = npt.NDArray[Any]
 Target: TypeAlias = dict[str, Tensor]
@@ -535,9 +538,8 @@ class COCODataset(Dataset[tuple[Tensor, Target]]):
 
 def _parse(path: str, source: str, remedy: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            # The polygons are most of a file of COCO's; left out at once, they never fill the memory.
-            content = json.load(file, object_pairs_hook=_without_polygons)
+        # The polygons are most of a file of COCO's; left out at once, they never fill the memory.
+        content = json.loads(_text(path), object_pairs_hook=_without_polygons)
     except FileNotFoundError:
         raise InputError(f"{source}: expected a COCO annotation file, and there is none; {remedy}") from None
     except OSError as error:
@@ -559,8 +561,22 @@ def _parse(path: str, source: str, remedy: str) -> dict[str, Any]:
     return content
 
 
+def _text(path: str) -> str:
+    content = bytearray()
+    with open_regular(path) as file:
+        for block in iter(lambda: file.read(2**24), b""):
+            if b"\0" in block:  # not read on, since zeros may have any length, and take no room on a disk
+                raise ValueError("it holds zero bytes")
+            content += block
+    return content.decode("utf-8-sig")
+
+
 def _without_polygons(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entry = dict(pairs)
+    if len(entry) < len(pairs):
+        for key, value in pairs:
+            if entry[key] != value:
+                raise ValueError(f"{key!r} stands twice in one object, with different values")
     entry.pop("segmentation", None)
     return entry
 
@@ -628,7 +644,12 @@ def refuse_repeated(values: list[Any], kind: str, source: str) -> None:
 def _category_name(number: CategoryId, category: dict[str, Any], source: str) -> str:
     name = _whole(category.get("name"))
     if not isinstance(name, str) and not is_number(name):
-        raise InputError(f"{source}: category {number} has no name (name={name!r}); give it one")
+        raise InputError(f"{source}: category {number!r} has no name (name={name!r}); give it one")
+    if len(str(name)) > 1000 or re.search("[\ud800-\udfff]", str(name)):
+        raise InputError(
+            f"{source}: expected a text of at most 1000 characters as name of category {number!r}, found {name!r}; "
+            "rename it"
+        )
     return composed(str(name))
 
 
@@ -719,11 +740,24 @@ def _file_name(number: Any, image: dict[str, Any], source: str) -> bytes:
     try:
         if not name and isinstance(url, str):
             name = urlsplit(url).path.rpartition("/")[2]
-        if isinstance(name, str) and name:
-            return os.fsencode(name)
+        encoded = os.fsencode(name) if isinstance(name, str) else b""
+        # as names of files end at a zero byte; and all are kept in as many bytes as the longest has
+        if encoded and b"\0" not in encoded and len(encoded) <= _LONGEST_PATH:
+            return encoded
     except ValueError:  # an address that is none, or a name that no file can have
         name = name or url
-    raise InputError(f"{source}: image {number} has no file_name (but {name!r}); give it the name of its picture file")
+    shown_name = repr(name)
+    if len(shown_name) > 200:
+        shown_name = f"{shown_name[:100]}..., {len(shown_name)} characters"
+    raise InputError(
+        f"{source}: image {number!r} has no file_name (but {shown_name}); give it the name of its picture file"
+    )
+
+
+_LONGEST_PATH = 4096  # bytes, on Linux; less elsewhere
+
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class _Files:
@@ -792,12 +826,13 @@ class _Files:
         if parent not in self._names:
             try:
                 self._names[parent] = set(os.listdir(os.path.join(self._folder, parent)))
-            except (FileNotFoundError, NotADirectoryError):
+            except ValueError:  # a zero byte, written as %00
                 self._names[parent] = set()
-            except (OSError, ValueError) as error:  # no right to read it, a name too long or with a zero byte
-                reason = getattr(error, "strerror", None) or str(error)
-                raise InputError(
-                    f"{self._argument}: the folder of pictures {os.path.join(self._folder, parent)!r} cannot be read "
-                    f"({reason}); mend that, or name another with --data.{self._argument}"
-                ) from None
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise InputError(
+                        f"{self._argument}: the folder of pictures {os.path.join(self._folder, parent)!r} cannot be "
+                        f"read ({error.strerror}); mend that, or name another with --data.{self._argument}"
+                    ) from None
+                self._names[parent] = set()
         return self._names[parent]

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from awconv.data.base import BaseDataModule, Split, Transform
+from awconv.data.base import BaseDataModule, Split, Transform, inform
 from awconv.data.coco import (
     CategoryId,
     COCOAnnotations,
@@ -178,7 +177,7 @@ class COCODataModule(BaseDataModule):
             categories = dict(zip(annotations.category_ids, annotations.class_names, strict=True))
             root = annotations.root
             if root is not None and not any(self._annotations(split).has_boxes_of(root) for split in there):
-                rank_zero_info(
+                inform(
                     f"{annotations.source}: category {shown_categories([(root, categories.pop(root))])} left out: it "
                     "has no annotations, and is only the supercategory of all the others"
                 )
@@ -225,7 +224,7 @@ class COCODataModule(BaseDataModule):
         if without:
             unseen = shown_categories([(category_ids[label - 1], class_names[label - 1]) for label in sorted(without)])
             verb = "has" if len(without) == 1 else "have"
-            rank_zero_info(f"{source}: {len(without)} of the {len(class_names)} categories {verb} no boxes: {unseen}")
+            inform(f"{source}: {len(without)} of the {len(class_names)} categories {verb} no boxes: {unseen}")
         return COCODataset(training, folder, self.train_transform(), self._skips_bad(split))
 
     def _below_root(self, path: str) -> str:
@@ -255,7 +254,7 @@ class COCODataModule(BaseDataModule):
             numbered = annotations.for_categories(category_ids, class_names, self._source_of_categories)
             checked = numbered.check_pictures(folder, argument, self._remedy(argument), self._skips_bad(split))
             for note in checked.notes:
-                rank_zero_info(f"{annotations.source}: {note}")
+                inform(f"{annotations.source}: {note}")
             self._checked[key] = checked
         return self._checked[key]
 

@@ -10,10 +10,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torchvision.transforms import v2
 
-from awconv.data.base import Split, Transform, tell
+from awconv.data.base import Split, Transform, inform, tell
 from awconv.data.classification import ClassificationDataModule
 from awconv.data.encoded import EncodedPictures, require_decoder
 from awconv.data.loading import MapDataset
@@ -143,7 +142,7 @@ class ImageNetDataModule(ClassificationDataModule):
             self._told.add(folder)
             tell(self._below(folder), passed_over)
             if without:
-                rank_zero_info(
+                inform(
                     f"{self._below(folder)}: no images of {len(without)} of the {len(names)} classes: "
                     f"{', '.join(shown(without))}"
                 )

@@ -238,7 +238,7 @@ class Loader(DataLoader[Any]):
         try:
             yield from super().__iter__()
         except InputError as error:
-            text = str(error)
+            text = str(error.args[0])  # and not str(error), in which the lines are one
             if not text.startswith("Caught "):
                 raise
             name = f"{type(error).__module__}.{type(error).__qualname__}"

@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import io
+import math
 import os
+import re
 import struct
 import unicodedata
 import warnings
@@ -13,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,21 +25,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import functional as F
 
-from awconv.errors import InputError
+from awconv.errors import InputError, printable
+from awconv.files import open_regular
 
 _T = TypeVar("_T")
 
-# What Pillow decodes itself. Left out are EPS, for which it starts Ghostscript, whatever the file is called; formats
-# that need a handler (BUFR, GRIB, HDF5, WMF); and films (FLI, MPEG).
+# What Pillow decodes itself. Left out are EPS, for which it starts Ghostscript, whatever the file is called; IPTC, in
+# which it decodes whatever it finds, EPS included; formats that need a handler (BUFR, GRIB, HDF5, WMF); and films (FLI,
+# MPEG).
 FORMATS = frozenset(
-    "AVIF BLP BMP CUR DCX DDS DIB FITS FTEX GBR GIF ICNS ICO IM IMT IPTC JPEG "  # noqa: SIM905
+    "AVIF BLP BMP CUR DCX DDS DIB FITS FTEX GBR GIF ICNS ICO IM IMT JPEG "  # noqa: SIM905
     "JPEG2000 MCIDAS MSP PCD PCX PIXAR PNG PPM PSD QOI SGI SPIDER SUN TGA TIFF WEBP XBM XPM XVTHUMB".split()
 )
 
 EXTENSIONS = frozenset(
-    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .fit .fits .ftc .ftu .gbr .gif .icb .icns .ico .iim "  # noqa: SIM905
+    ".apng .avif .avifs .blp .bmp .bw .cur .dcx .dds .dib .fit .fits .ftc .ftu .gbr .gif .icb .icns .ico "  # noqa: SIM905
     ".im .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .msp .pbm .pcd .pcx .pfm .pgm .png .pnm .ppm .psd "
     ".pxr .qoi .ras .rgb .rgba .sgi .tga .tif .tiff .vda .vst .webp .xbm .xpm".split()
 )
@@ -151,6 +154,7 @@ def to_tensor(picture: PIL.Image.Image, name: str | Path) -> Tensor:
     Raises:
         InputError: The samples are 32-bit integers or floats, whose black and white nobody knows.
     """
+    transparent = picture.has_transparency_data
     # of a PGM with 16 bits, Pillow makes 32
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PPM"):
         # PIL's own conversion clips at 255 instead of scaling
@@ -159,11 +163,23 @@ def to_tensor(picture: PIL.Image.Image, name: str | Path) -> Tensor:
         kind = "32-bit integers" if picture.mode == "I" else "32-bit floats"
         raise InputError(f"{name}: the samples of this picture are {kind}; save it with 8 or 16 bits")
     else:
+        eight_bits = picture
+        picture.load()  # by which the size of some formats changes
+    width, height = eight_bits.size
+    image = torch.empty(height, width, 3, dtype=torch.uint8)
+    # in bands, since Pillow takes four bytes a pixel, and several times as many while it converts
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        band = eight_bits.crop((0, top, width, min(top + rows, height)))
         # PIL warns about a palette with transparency that is not taken out by way of RGBA
-        eight_bits = picture.convert("RGBA") if picture.has_transparency_data else picture
-    image: Tensor = F.pil_to_tensor(eight_bits.convert("RGB"))
+        band = (band.convert("RGBA") if transparent else band).convert("RGB")
+        image[top : top + rows] = torch.from_numpy(np.array(band))
+    image = image.permute(2, 0, 1)
     # last, since a PNG may have its EXIF data behind the pixels, and a TIFF is turned as it is loaded
     return _upright(image, _orientation(picture))
+
+
+_BAND = 2**22  # pixels
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:
@@ -185,17 +201,17 @@ def read_picture(path: str | Path) -> Tensor:
 
     Raises:
         InputError: The file is missing, truncated, not an image, one of 32 bits per sample, or one whose head tells of
-            more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` lets pass.
+            more pixels than :func:`limit_pixels` lets pass.
     """
-    with _naming(path):
-        return _decoded(np.fromfile(path, dtype=np.uint8), path)
+    with _naming(path), _open(path) as (file, picture):
+        return _decoded(file, picture, path)
 
 
 def read_encoded(path: str | Path) -> Tensor:
     """The bytes of an image file that any JPEG decoder can be given, and else the image.
 
-    That is a complete one, upright, grey or of the usual colours (YCbCr): what is to be made of the others, decoders
-    disagree.
+    That is a complete one, upright, grey or of the usual colours (YCbCr), and of one size: what is to be made of the
+    others, decoders disagree.
 
     Returns:
         uint8 tensor, (length,) of a file and (3, H, W) of an image; see :func:`read_picture`.
@@ -203,18 +219,110 @@ def read_encoded(path: str | Path) -> Tensor:
     Raises:
         InputError: As from :func:`read_picture`, of files that have to be decoded here.
     """
-    with _naming(path):
-        encoded = np.fromfile(path, dtype=np.uint8)
-        if encoded[-2:].tobytes() == b"\xff\xd9":
-            with _open(io.BytesIO(encoded.tobytes())) as picture:
-                if _is_common_jpeg(picture) and _orientation(picture) == 1:
-                    return torch.from_numpy(encoded)
-        return _decoded(encoded, path)
+    with _naming(path), _open(path) as (file, picture):
+        if _is_common_jpeg(picture) and _orientation(picture) == 1:
+            encoded = file.whole()
+            if encoded[-2:].tobytes() == b"\xff\xd9" and _frame_headers(encoded) == 1:
+                return torch.from_numpy(encoded)
+        return _decoded(file, picture, path)
 
 
-def _open(file: BinaryIO) -> PIL.Image.Image:
-    """Read the head of an image; absurd sizes are refused."""
-    return PIL.Image.open(file, formats=_formats())
+def _frame_headers(encoded: npt.NDArray[np.uint8]) -> int:
+    """How often a JPEG says its size before its pixels."""
+    found, place = 0, 2
+    while place + 4 <= len(encoded) and encoded[place] == 0xFF and encoded[place + 1] != 0xDA:
+        marker, high, low = encoded[place + 1 : place + 4].tolist()
+        found += 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)  # tables, and what is reserved
+        place += 2 + 256 * high + low
+    return found
+
+
+def limit_pixels(most: int) -> None:
+    """Lets this process read images of so many pixels, and refuse larger ones by their head, before they are decoded.
+
+    It is Pillow's own limit, and holds for all that read images in this process: it is 178956970 until this is called.
+    Every data module that is set up calls it, there and in its workers; see :class:`awconv.data.BaseDataModule`.
+    """
+    if most / 2 != PIL.Image.MAX_IMAGE_PIXELS:  # of which Pillow refuses twice as many
+        PIL.Image.MAX_IMAGE_PIXELS = most / 2  # type: ignore[assignment]
+        warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
+
+
+def most_pixels() -> float:
+    """How many pixels an image may have; see :func:`limit_pixels`."""
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    return math.inf if limit is None else int(2 * limit)
+
+
+_TILE_SIZE = (PIL.ExifTags.Base.TileWidth, PIL.ExifTags.Base.TileLength)
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple["_FrugalReader", PIL.Image.Image]]:
+    """Open a file and the image in it, of which the head is read; absurd sizes are refused."""
+    with (
+        _FrugalReader(open_regular(path).detach()) as file,
+        PIL.Image.open(file, formats=_formats()) as picture,
+    ):
+        sizes = [picture.size]
+        if hasattr(picture, "tag_v2"):  # the tiles of a TIFF may be larger than the image
+            width, height = map(picture.tag_v2.get, _TILE_SIZE)
+            sizes.append((width or 1, height or 1))
+        for width, height in sizes:
+            if width < 1 or height < 1:
+                raise ValueError(f"its size is {width}x{height}")
+            if width * height > most_pixels():
+                raise PIL.Image.DecompressionBombError(width * height)
+        pixels = picture.width * picture.height
+        # A JPEG has at least a bit for 8x8 pixels, and decoders make up those that are not there.
+        if picture.format in ("JPEG", "MPO") and file.size < pixels // 1024:
+            raise ValueError("the file is far smaller than its image")
+        # which Pillow makes in Python, one by one, out of next to nothing
+        if pixels > 2**24 and any(tile[0] == "fits_gzip" for tile in picture.tile):
+            raise ValueError("a compressed FITS image of so many pixels")
+        file.opened(pixels)
+        yield file, picture
+
+
+class _FrugalReader(io.BufferedReader):
+    """Reads no more of a file than its image can be worth: behind a good head may come endless zeros.
+
+    Formats differ in what they read to know the size of the image: some all of the file, others every chunk before the
+    pixels, a byte at a time. That all counts.
+    """
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        super().__init__(raw)
+        self.size = os.fstat(raw.fileno()).st_size
+        # a call costs time, even if it reads a single byte
+        self._left, self._per_call = 2**28, 64
+
+    def opened(self, pixels: int) -> None:
+        """Notes the size of the image, whose samples have up to 8 bytes a pixel."""
+        self._left, self._per_call = self._left + 8 * pixels, 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Reads as any file does, unless it gets too much."""
+        there = max(0, self.size - self.tell())
+        return super().read(self._counted(there if size is None or size < 0 else min(size, there)))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Reads as any file does, unless it gets too much."""
+        line = super().readline(2**16 if size is None or size < 0 else size)
+        self._counted(len(line))
+        return line
+
+    def whole(self) -> npt.NDArray[np.uint8]:
+        """Reads all of the file."""
+        self.seek(0)
+        content = np.empty(self._counted(self.size), dtype=np.uint8)
+        return content[: self.readinto(content.data)]
+
+    def _counted(self, size: int) -> int:
+        self._left -= max(size, self._per_call)
+        if self._left < 0:
+            raise ValueError("the file is far larger than its image")
+        return size
 
 
 @cache
@@ -230,17 +338,16 @@ def _is_common_jpeg(picture: PIL.Image.Image) -> bool:
     return is_jpeg and picture.mode in ("L", "RGB") and picture.info.get("adobe_transform") != 0
 
 
-def _decoded(encoded: npt.NDArray[np.uint8], path: str | Path) -> Tensor:
-    with _open(io.BytesIO(encoded.tobytes())) as picture:
-        # torchvision decodes JPEG fastest. Its other decoders are left alone: a single wrong byte in a PNG
-        # can crash the process.
-        if _is_common_jpeg(picture):
-            try:
-                decoded = decode_jpeg(torch.from_numpy(encoded), ImageReadMode.RGB)
-                return _upright(decoded, _orientation(picture))
-            except RuntimeError:
-                pass
-        return to_tensor(picture, path)
+def _decoded(file: "_FrugalReader", picture: PIL.Image.Image, path: str | Path) -> Tensor:
+    # torchvision decodes JPEG fastest. Its other decoders are left alone: a single wrong byte in a PNG can crash the
+    # process.
+    if _is_common_jpeg(picture):
+        try:
+            decoded = decode_jpeg(torch.from_numpy(file.whole()), ImageReadMode.RGB)
+            return _upright(decoded, _orientation(picture))
+        except RuntimeError:
+            pass
+    return to_tensor(picture, path)
 
 
 class Head(NamedTuple):
@@ -294,13 +401,18 @@ def _error_of_reading(path: str) -> InputError | None:
     try:
         read_picture(path)
     except InputError as error:
-        return error
+        return _alone(error)
     return None
+
+
+def _alone(error: InputError) -> InputError:
+    """The error without the frames that it came through, which hold all that was read of the file."""
+    return InputError(*error.args)
 
 
 def _head_or_error(path: str) -> Head | InputError:
     try:
-        with _naming(path), open(path, "rb") as file, _open(file) as picture:
+        with _naming(path), _open(path) as (file, picture):
             # of a TIFF, PIL gives the size of the upright image, and earlier versions did not
             width, height = map(picture.tag_v2.get, _TIFF_SIZE) if hasattr(picture, "tag_v2") else picture.size
             if picture.format == "PNG" and "exif" not in picture.info:
@@ -308,16 +420,16 @@ def _head_or_error(path: str) -> Head | InputError:
                 picture.info["exif"] = _exif_of_png(file.raw)
             return Head(height, width, _orientation(picture))
     except InputError as error:
-        return error
+        return _alone(error)
 
 
 def _exif_of_png(file: Any) -> bytes:
     """EXIF data of a PNG, wherever they are; some tools put them behind the pixels."""
     file.seek(8)
-    while len(head := file.read(8)) == 8:
+    while len(head := file.read(8)) == 8 and head[4:].isalpha():
         length, kind = struct.unpack(">I4s", head)
         if kind == b"eXIf":
-            return b"Exif\x00\x00" + bytes(file.read(length))
+            return b"Exif\x00\x00" + bytes(file.read(min(length, 2**20)))
         file.seek(length + 4, os.SEEK_CUR)
     return b""
 
@@ -343,6 +455,13 @@ def _naming(path: str | Path) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except PIL.Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise InputError(
+            f"{path}: this picture has {pixels[0] if pixels else 'too many'} pixels, more than "
+            f"max_image_pixels={most_pixels()} allows; replace or remove it, or if you trust it give a larger "
+            "--data.max_image_pixels"
+        ) from None
     except PIL.UnidentifiedImageError:
         raise InputError(f"{path}: this file is not a picture; replace or remove it") from None
     # PIL reports a broken picture by almost any exception, according to its format and to what is broken
@@ -395,7 +514,7 @@ class Unreadable(str):
     def of(cls, path: str, error: InputError) -> "Unreadable":
         """Makes it of the error that names the file."""
         empty = cls()
-        empty.path, empty.reason = path, str(error).removeprefix(f"{path}: ")
+        empty.path, empty.reason = path, str(error).removeprefix(printable(f"{path}: "))
         return empty
 
 
@@ -436,11 +555,19 @@ class PictureDataset(Dataset[tuple[Any, Any]]):
         if self._targets is None and self._skip_bad:
             path = self.path(index)
             try:
-                return self.transform(read_picture(path)), path
+                return self._transformed(index, read_picture(path)), path
             except InputError as error:
                 return self.transform(torch.zeros(3, 64, 64, dtype=torch.uint8)), Unreadable.of(path, error)
-        used, image = self.read(index)
-        return self.transform(image), self.label(used)
+        used, image = self._or_next(
+            lambda candidate: self._transformed(candidate, read_picture(self.path(candidate))), index
+        )
+        return image, self.label(used)
+
+    def _transformed(self, index: int, image: Tensor) -> Any:
+        try:
+            return self.transform(image)
+        except InputError as error:  # which does not know the file
+            raise InputError(f"{self.path(index)}: {error}") from None
 
     def label(self, index: int) -> Any:
         """Class index of the file at `index`, or its path where there are no targets."""
@@ -454,6 +581,7 @@ class PictureDataset(Dataset[tuple[Any, Any]]):
             encoded: Give a file's bytes where :func:`read_encoded` does.
         """
         read = read_encoded if encoded else read_picture
-        if not self._skip_bad:
-            return index, read(self.path(index))
-        return read_or_next(lambda candidate: read(self.path(candidate)), index, len(self), self.path)
+        return self._or_next(lambda candidate: read(self.path(candidate)), index)
+
+    def _or_next(self, read: Callable[[int], _T], index: int) -> tuple[int, _T]:
+        return read_or_next(read, index, len(self), self.path) if self._skip_bad else (index, read(index))

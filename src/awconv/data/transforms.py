@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from awconv.data.pictures import to_tensor
+from awconv.data.pictures import most_pixels, to_tensor
 from awconv.errors import InputError
 
 
@@ -61,12 +61,26 @@ def _to_grey(image: Tensor) -> Tensor:
 
 
 class Resize(v2.Resize):  # type: ignore[misc]
-    """torchvision's, which here leaves a picture at once whose shorter side has the length already."""
+    """torchvision's, which here leaves a picture at once whose shorter side has the length already.
+
+    Raises:
+        InputError: The longer side of a very thin image would get so long that the image had more pixels than
+            :func:`awconv.data.pictures.limit_pixels` lets pass.
+    """
 
     def forward(self, *inputs: Any) -> Any:
         """Gives the picture with its shorter side of the length."""
-        if len(inputs) == 1 and type(inputs[0]) is Tensor and [min(inputs[0].shape[-2:])] == self.size:
-            return inputs[0]
+        if len(inputs) == 1 and type(inputs[0]) is Tensor and len(self.size or ()) == 1:
+            height, width = inputs[0].shape[-2:]
+            (length,) = self.size
+            if min(height, width) == length:
+                return inputs[0]
+            pixels = length * length * max(height, width) // min(height, width)
+            if pixels > most_pixels():
+                raise InputError(
+                    f"an image of {width}x{height} pixels gets {pixels} when its shorter side is made {length}, more "
+                    f"than max_image_pixels={most_pixels()} allows; crop or remove it"
+                )
         return super().forward(*inputs)
 
 

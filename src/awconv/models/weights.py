@@ -7,11 +7,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from awconv.checkpoint import read_tensors
 from awconv.errors import InputError
 from awconv.layers import AWConv2d
 from awconv.layers.convert import tied_kernels
@@ -170,19 +170,14 @@ def describe_mismatch(module: nn.Module, state_dict: Mapping[str, Tensor]) -> st
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
-        raise InputError(f"initial_weights={str(path)!r} {found}; give a checkpoint file (.ckpt, .pth, .safetensors)")
+    if path.suffix != ".safetensors" or not path.is_file():
+        return read_tensors(path, "initial_weights")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler, the zip and tar readers and safetensors each raise their own kinds
-        code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f"carries code or objects ({code[1]})" if code else f"is not a checkpoint ({type(error).__name__})"
+        return load_file(path)
+    except Exception as error:  # safetensors raises kinds of its own
         raise InputError(
-            f"initial_weights={str(path)!r} {found}; only weights-only files are loaded: where you trust the file, "
-            "convert it with torch.save(model.state_dict(), 'weights.pth')"
+            f"initial_weights={str(path)!r} is not a checkpoint ({type(error).__name__}): it is damaged, or another "
+            "kind of file; give another"
         ) from None
 
 

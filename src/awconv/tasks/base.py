@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from awconv.checkpoint import ChecksCheckpoint
 from awconv.errors import InputError
 from awconv.models import WeightsReport, describe_mismatch
 from awconv.tasks.schedule import Schedule, accumulation_scheduler
@@ -30,7 +31,7 @@ _OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 
 
-class BaseTask(L.LightningModule):
+class BaseTask(ChecksCheckpoint, L.LightningModule):
     """A ``network`` with its optimiser, learning-rate schedule, EMA and compilation, all from plain arguments.
 
     A subclass calls ``super().__init__(**kwargs)``, hands its network to :meth:`set_network`, and writes its steps. All
@@ -319,13 +320,14 @@ class BaseTask(L.LightningModule):
         if "state_dict" in checkpoint:  # a strategy that shards has taken it out, and loaded it
             self._require_fit(checkpoint["state_dict"])  # the cause, where the optimiser's state is but a symptom
         now = self.hparams
-        if saved["optimizer"].lower() != now["optimizer"].lower() or (saved["lr_schedule"] == "onecycle") != (
+        optimizer, schedule = str(saved["optimizer"]), str(saved.get("lr_schedule"))
+        if optimizer.lower() != now["optimizer"].lower() or (schedule == "onecycle") != (
             now["lr_schedule"] == "onecycle"
         ):
             raise InputError(
-                f"the checkpoint was trained with optimizer={saved['optimizer']!r}, lr_schedule="
-                f"{saved['lr_schedule']!r}, whose state does not fit optimizer={now['optimizer']!r}, lr_schedule="
-                f"{now['lr_schedule']!r}; to start afresh from its weights use model.initial_weights"
+                f"the checkpoint was trained with optimizer={optimizer!r}, lr_schedule={schedule!r}, whose state "
+                f"does not fit optimizer={now['optimizer']!r}, lr_schedule={now['lr_schedule']!r}; to start afresh "
+                "from its weights use model.initial_weights"
             )
         here = [len(parameters) for parameters in self._learning_parameters()]
         for state in states:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from awconv.errors import InputError
+from awconv.errors import InputError, printable
 from awconv.models import WeightsReport, create_backbone, load_initial_weights
 from awconv.tasks.base import BaseTask
 
@@ -102,7 +102,7 @@ class ClassificationTask(BaseTask):
         )
         self.weights_report = _report(network, hparams)
         if hparams["initial_weights"]:
-            rank_zero_info(self.weights_report.text)
+            rank_zero_info(printable(self.weights_report.text))
         return network
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

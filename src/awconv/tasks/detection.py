@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from awconv.errors import InputError, require
+from awconv.errors import InputError, printable, require
 from awconv.metrics import BoxMeanAveragePrecision
 from awconv.models import create_detector
 from awconv.tasks.base import BaseTask
@@ -124,7 +124,7 @@ class DetectionTask(BaseTask):
         )
         self.weights_report = network.weights_report
         if hparams["initial_weights"]:
-            rank_zero_info(network.weights_report.text)
+            rank_zero_info(printable(network.weights_report.text))
         assert isinstance(network, nn.Module)
         return network
 
@@ -241,7 +241,7 @@ class DetectionTask(BaseTask):
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         for name, here in (("class_names", self.class_names), ("category_ids", self.category_ids)):
             there = saved.get(name) if "head" in saved else None  # what differs in a classifier is said of its tensors
-            if there is not None and list(there) != here:
+            if isinstance(there, list) and there != here:
                 pairs = list(zip(there, here, strict=False))
                 first = next((f"{a!r}, not {b!r}" for a, b in pairs if a != b), f"{len(there)}, not {len(here)}")
                 raise InputError(

@@ -133,8 +133,18 @@ class Schedule(LRScheduler):
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from the number of steps; earlier versions kept more."""
-        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        """Goes on from the number of steps; earlier versions kept more.
+
+        Raises:
+            InputError: If there is none.
+        """
+        steps: list[Any] = [state_dict.get(name) for name in ("last_epoch", "_step_count")]
+        if not all(isinstance(number, int) and 0 <= number < 2**63 for number in steps):
+            raise InputError(
+                f"the checkpoint does not say at which step its schedule was, but {str(steps)[:80]}; start from its "
+                "weights with --model.initial_weights"
+            )
+        self.last_epoch, self._step_count = steps
 
     def _warmup(self) -> int:
         by_epochs, by_steps = self.timeline.step_at(self._hparams["warmup_epochs"]), self._hparams["warmup_steps"]
