@@ -229,15 +229,15 @@ def bad_input(error: BaseException) -> str | None:
     return None
 
 
-def _shortened(message: str) -> str:
-    """Cuts what nobody reads: long words, and the middle of a long message, whose end is the remedy."""
-    message = re.sub(r"\S{400,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", message)
-    return message if len(message) <= 1500 else f"{message[:1000]} ... {message[-400:]}"
-
-
 def fail(message: str) -> NoReturn:
     """Says what the user did wrong, and ends the process with exit code 2."""
     rank = os.environ.get("LOCAL_RANK", "0")
     message = _shortened(message)
     print(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _shortened(message: str) -> str:
+    """Cuts what nobody reads: long words, and the middle of a long message, whose end is the remedy."""
+    message = re.sub(r"\S{400,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", message)
+    return message if len(message) <= 1500 else f"{message[:1000]} ... {message[-400:]}"
