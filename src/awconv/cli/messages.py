@@ -207,7 +207,13 @@ def bad_input(error: BaseException) -> str | None:
         return f"{name[:40]!r}... ({len(name)} characters) is too long for a path; give a shorter one"
     if type(error).__module__.startswith("wandb.") and type(error).__name__ == "UsageError":
         return f"{text} (log in with `wandb login`, or set WANDB_MODE=offline)"
-    if isinstance(error, OSError) and error.errno in _NO_WAY and error.filename:
+    if (
+        isinstance(error, OSError)
+        and error.errno in _NO_WAY
+        and error.filename
+        # code that opens a folder as a file has a bug
+        and (isinstance(error, PermissionError) or not has_foreign_frames(error))
+    ):
         return f"{error.filename} cannot be opened ({error.strerror}); change its permissions, or name another"
     if isinstance(error, ValueError) and text.startswith("embedded null"):
         return "a path or an option holds a NUL character; take it out"
