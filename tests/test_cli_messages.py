@@ -355,6 +355,12 @@ def test_what_is_bad_input_and_what_is_a_bug(error, says):
     assert said is None or (says in said and "Traceback" not in said)
 
 
+def test_a_fork_that_opens_a_folder_has_a_bug(tmp_path):
+    with pytest.raises(IsADirectoryError) as caught:
+        tmp_path.open()
+    assert bad_input(caught.value) is None
+
+
 class Faulty(L.Callback):
     """A fork's callback with a bug."""
 

@@ -155,7 +155,7 @@ def load(text: str) -> Any:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise yaml.YAMLError(f"line {line}: the character U+{ord(text[error.position]):04X}") from None
-    except (ValueError, LookupError, AttributeError):  # of what a tag such as !!int claims
+    except (ValueError, TypeError, LookupError, AttributeError):  # of what a tag such as !!int claims
         raise yaml.YAMLError("a value is not what its tag says") from None
 
 

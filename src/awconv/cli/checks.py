@@ -81,7 +81,6 @@ def require_sensible_numbers(config: Any, command: str) -> None:
                 f"trainer.{name}=0 trains nothing; give at least 1, or to measure without training the command "
                 "validate or test"
             )
-
     for name, spec in _objects(config, ""):
         _require_sensible_object(name, spec)
     if command == "fit":

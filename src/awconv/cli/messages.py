@@ -210,7 +210,13 @@ def bad_input(error: BaseException) -> str | None:
         return f"{name[:40]!r}... ({len(name)} characters) is too long for a path; give a shorter one"
     if type(error).__module__.startswith("wandb.") and type(error).__name__ == "UsageError":
         return f"{text} (log in with `wandb login`, or set WANDB_MODE=offline)"
-    if isinstance(error, OSError) and error.errno in _NO_WAY and error.filename:
+    if (
+        isinstance(error, OSError)
+        and error.errno in _NO_WAY
+        and error.filename
+        # code that opens a folder as a file has a bug
+        and (isinstance(error, PermissionError) or not has_foreign_frames(error))
+    ):
         return f"{error.filename} cannot be opened ({error.strerror}); change its permissions, or name another"
     if isinstance(error, ValueError) and text.startswith("embedded null"):
         return "a path or an option holds a NUL character; take it out"
@@ -264,14 +270,14 @@ def _exhausted(error: BaseException, text: str) -> str | None:
     return None
 
 
-def _shortened(message: str) -> str:
-    """Cuts what nobody reads: long words, and the middle of a long message, whose end is the remedy."""
-    message = re.sub(r"\S{400,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", message)
-    return message if len(message) <= 1500 else f"{message[:1000]} ... {message[-400:]}"
-
-
 def fail(message: str) -> NoReturn:
     """Says what the user did wrong, and ends the process with exit code 2."""
     rank, message = os.environ.get("LOCAL_RANK", "0"), printable(_shortened(message))
     print(f"error: {message}" if rank == "0" else f"error in process {rank}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _shortened(message: str) -> str:
+    """Cuts what nobody reads: long words, and the middle of a long message, whose end is the remedy."""
+    message = re.sub(r"\S{400,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", message)
+    return message if len(message) <= 1500 else f"{message[:1000]} ... {message[-400:]}"
