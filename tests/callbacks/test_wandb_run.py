@@ -284,7 +284,8 @@ def test_resume_goes_on_with_the_same_run_and_a_checkpoint_begins_another(cli, t
         steps.append([row["trainer/global_step"] for row in history(records) if "train/loss" in row])
     assert steps == [[0, 1, 2], [3, 4, 5]]
 
-    code, _, err = cli("fit", "--ckpt_path", folder / "checkpoints/last.ckpt", "--trainer.max_epochs=3")
+    root = f"--trainer.default_root_dir={tmp_path / 'runs'}"
+    code, _, err = cli("fit", *WANDB, "--ckpt_path", folder / "checkpoints/last.ckpt", "--trainer.max_epochs=3", root)
     assert code == 0, err
     (other,) = set((tmp_path / "runs").glob("*/*")) - {folder}
     assert (other / "wandb_run_id").read_text().strip() != run_id
