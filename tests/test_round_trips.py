@@ -6,6 +6,7 @@ import signal
 import unicodedata
 from pathlib import Path
 
+import jsonargparse._typehints
 import numpy as np
 import pytest
 import torch
@@ -112,6 +113,28 @@ def test_anchors_and_merge_keys_are_read():
     assert config_text.load(text) == {"a": a, "b": {"x": 3, "y": 2}, "c": {**a, "z": 4, "w": 5}, "d": a}
     assert config_text.load("[" * 100 + "]" * 100)
     assert len(config_text.load("[" + "1," * 25000 + "]")) == 25000
+
+
+def test_a_long_list_is_not_copied_for_each_of_its_items(cli, tmp_path, monkeypatch):
+    names = [f"class {k}" for k in range(300)]
+    (tmp_path / "names.yaml").write_text(config_text.dump({"data": {"init_args": {"class_names": names}}}))
+    copy, copied = jsonargparse._typehints.deepcopy, []
+
+    def watched(value):
+        result = copy(value)
+        of_value = value if isinstance(value, dict) else {}
+        copied.extend(n for n in ("orig_val", "prev_val") if of_value.get(n) == names and result[n] is not of_value[n])
+        calls.append(of_value.get("orig_val") == names or of_value.get("prev_val") == names)
+        return result
+
+    calls: list[bool] = []
+    monkeypatch.setattr(jsonargparse._typehints, "deepcopy", watched)
+    imagenet = ["-c", "configs/recipes/imagenet.yaml", "-c", "configs/models/resnet18.yaml"]
+    code, out, err = cli("fit", *imagenet, "-c", tmp_path / "names.yaml", "--print_config")
+    assert code == 0, err
+    assert config_text.load(out)["data"]["init_args"]["class_names"] == names
+    assert any(calls), "jsonargparse copies otherwise than it did: config_text._copied may go"
+    assert not copied
 
 
 def test_a_file_may_begin_with_a_byte_order_mark_and_end_lines_as_windows_does(tmp_path):
