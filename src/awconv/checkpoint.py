@@ -1,20 +1,28 @@
 """Checkpoint files: read as weights only, checked whole, and what in them may be believed.
 
-A checkpoint is a stranger's until somebody says otherwise, and a stranger's file is data. Everything that reads one
-comes here; this module imports nothing of the project but the errors.
+A checkpoint may be anyone's, and is data until the user says otherwise. Whatever reads a file of ``torch.save`` as
+weights only comes here; this module imports nothing of the project but the errors.
 """
 
+import ast
+import math
+import os
 import re
 import sys
+import sysconfig
 import zipfile
-from collections.abc import Container, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
+from mmap import ACCESS_READ, mmap
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -46,8 +54,9 @@ _PRIMITIVES = (str, int, float, bool, type(None))
 def read_tensors(path: Path, argument: str) -> Any:
     """Reads a file of ``torch.save`` as weights only, on the CPU; its tensors stay on the disk until they are used.
 
-    Nothing in the file is run, and no more memory is taken than it has bytes: an entry that is compressed is refused
-    (``torch.save`` compresses nothing), and so is one whose checksum does not fit.
+    Nothing in the file is run, and not much more memory is taken than the file has bytes. Compressed entries are
+    refused (``torch.save`` compresses nothing), and so are entries whose checksum does not fit, tensors that are larger
+    than what was saved of them, and values that are nested without end.
 
     Args:
         path: The file.
@@ -64,10 +73,14 @@ def read_tensors(path: Path, argument: str) -> Any:
         found = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         raise InputError(f"{named} {found}; give a file")
     try:
-        is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are none, and have no checksums
-        reason = _what_is_wrong(path) if is_zip else ""
+        with path.open("rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are none, and have no checksums
+            reason = "" if is_zip else _carried(mmap(file.fileno(), 0, access=ACCESS_READ))
+        reason = _what_is_wrong(path) if is_zip else reason
         # torch believes a zip file's entries to be as large as its pickle says, unless they are mapped
         content = None if reason else torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        reason = reason or _what_is_too_much(content)
+        content = None if reason else _rebuilt(content)
     except Exception as error:  # the unpickler, the zip reader and the file system each raise their own kinds
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
@@ -89,12 +102,58 @@ def _what_is_wrong(path: Path) -> str:
         entries = file.infolist()
         if len(entries) > _MOST_ENTRIES:
             return f"{len(entries)} entries"
+        if (
+            file.comment
+            or min(entry.header_offset for entry in entries) > 0
+            or len(set(file.namelist())) < len(entries)
+        ):
+            return "something stands before, behind or twice among its entries"
         if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
             return f"entry {packed[0]!r} is compressed, as torch.save never does"
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             return "its entries overlap"
-        broken = file.testzip()
-        return f"entry {broken!r} does not fit its checksum" if broken else ""
+        if broken := file.testzip():
+            return f"entry {broken!r} does not fit its checksum, or was saved without"
+        pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+        return next(filter(None, (_carried(file.read(entry)) for entry in pickles)), "")
+
+
+# which "weights only" allows: memory without bytes in the file, and attributes that hide a tensor's own
+_NOT_FOR_WEIGHTS = re.compile(
+    rb"c(?:builtins|__builtin__)\n(bytearray)\n|ctorch\._tensor\n(_rebuild_from_type_v2)\n"
+    rb"|ctorch\._utils\n(_rebuild_parameter_with_state)\n"
+)
+
+
+def _carried(pickled: bytes | mmap) -> str:
+    found = _NOT_FOR_WEIGHTS.search(pickled)
+    return f"it carries {next(filter(None, found.groups())).decode()}" if found else ""
+
+
+def _rebuilt(value: Any) -> Any:
+    """Plain containers in place of those that may hold attributes of their own, as ``OrderedDict`` does."""
+    if isinstance(value, dict):
+        rebuilt = OrderedDict((key, _rebuilt(inner)) for key, inner in dict.items(value))
+        metadata = getattr(value, "__dict__", {}).get("_metadata")  # versions of modules, in a state dictionary
+        if isinstance(metadata, dict):
+            rebuilt._metadata = _rebuilt(metadata)  # type: ignore[attr-defined]
+            return rebuilt
+        return dict(rebuilt)
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(map(_rebuilt, value))
+    return value
+
+
+def _what_is_too_much(content: Any) -> str:
+    """Says what would take more memory than there is in the file; empty if nothing would."""
+    beyond = 0
+    for value in _leaves(content):
+        if value is _TOO_MUCH:
+            return "it is nested too deeply, or holds too many values"
+        if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+            # a few bytes may stand for a large tensor, by strides of zero
+            beyond += max(0, value.numel() * value.element_size() - value.untyped_storage().nbytes())
+    return f"its tensors are {beyond / 2**20:.0f} MiB larger than what was saved of them" if beyond > 2**26 else ""
 
 
 def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
@@ -116,7 +175,7 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
             raise InputError(
                 f"{argument}={str(path)!r} is no checkpoint of a run; bare weights go into --model.initial_weights"
             )
-        if wrong := _misshapen(content, path.stat().st_size):
+        if wrong := what_no_run_writes(content):
             raise InputError(f"{argument}={str(path)!r} is damaged, or no checkpoint of a run: {wrong}")
     except InputError as error:
         raise InputError(f"{error}{_the_one_before(path)}") from error.__cause__
@@ -124,7 +183,7 @@ def read_checkpoint(path: Path, argument: str) -> dict[str, Any]:
         content.pop("config", None)
     for name in ("epoch", "global_step"):
         content.setdefault(name, 0)
-    if not re.fullmatch(r"\d+(\.\d+)+((a|b|rc|\.dev|\.post)\d+)?", str(content.get(_VERSION))):
+    if not re.fullmatch(r"\d{1,9}(\.\d{1,9}){1,3}((a|b|rc|\.dev|\.post)\d{1,9})?", str(content.get(_VERSION))):
         content[_VERSION] = version("lightning")
     return content
 
@@ -140,8 +199,8 @@ def begins_afresh(content: Mapping[str, Any]) -> list[str]:
 _STATES = ("loops", "optimizer_states", "lr_schedulers", "callbacks")
 
 
-def _misshapen(content: dict[Any, Any], size: int) -> str:
-    """Says what in a checkpoint of so many bytes is of another kind than a run writes; empty if nothing is."""
+def what_no_run_writes(content: dict[Any, Any]) -> str:
+    """Says what in a checkpoint is of another kind than a run writes; empty if nothing is."""
     for name, kind in _KINDS.items():
         if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
             return f"{name} is a {type(content[name]).__name__}"
@@ -151,18 +210,9 @@ def _misshapen(content: dict[Any, Any], size: int) -> str:
     for key, value in content["state_dict"].items():
         if not isinstance(key, str) or not (isinstance(value, Tensor) or key.endswith("_extra_state")):
             return f"state_dict[{str(key)[:80]!r}] is a {type(value).__name__}, and no tensor"
-    claimed = 0
-    for name in set(content) - {"config"}:
-        for value in _leaves(content[name]):
-            if value is _TOO_MUCH:
-                return f"{str(name)[:80]} is nested too deeply, or holds too much"
-            if isinstance(value, Tensor):
-                if not is_plain(value):
-                    return f"{str(name)[:80]} holds a tensor without plain values"
-                claimed += value.numel() * value.element_size()
-    # a few bytes may be told to stand for a large tensor; some parameters do share theirs
-    if claimed > 4 * size + 2**26:
-        return f"its tensors claim {claimed / 2**20:.0f} MiB, and the file has {size / 2**20:.1f}"
+    for name in ("state_dict", "optimizer_states", "callbacks"):
+        if any(isinstance(value, Tensor) and not is_plain(value) for value in _leaves(content.get(name))):
+            return f"{name} holds a tensor without plain values"
     for name in (HPARAMS, DATA_HPARAMS, "position"):
         if not _is_primitive(content.get(name)):
             return f"{name} holds something else than numbers and texts"
@@ -182,23 +232,19 @@ def _misshapen(content: dict[Any, Any], size: int) -> str:
         if not whole or not isinstance(state.get("state"), dict):
             return "optimizer_states holds no state of an optimiser"
     position = content.get("position", {})
-    if position and not all(
-        isinstance(position.get(name), int | float) for name in ("epochs", "batches", "accumulated")
-    ):
+    numbers = [position.get(name) for name in ("epochs", "batches", "accumulated")]
+    # only the number of batches may be infinite
+    if position and (not all(isinstance(n, int | float) and n >= 0 for n in numbers) or math.inf in numbers[::2]):
         return "position is not that of a run"
+    averaged = content.get("current_model_state", {})
+    if not isinstance(averaged, dict) or not all(isinstance(value, Tensor) for value in averaged.values()):
+        return "current_model_state holds something else than tensors"
     return ""
 
 
-_DTYPES = frozenset(
-    getattr(torch, name)
-    for name in "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split()  # noqa: SIM905
-)
-
-
 def is_plain(value: Any) -> bool:
-    """Whether it is a tensor of numbers that lie in memory: not sparse, quantised, complex, or without values."""
-    is_tensor = isinstance(value, Tensor)
-    return is_tensor and value.layout == torch.strided and value.device.type == "cpu" and value.dtype in _DTYPES
+    """Whether it is a tensor whose values lie in memory, one by one: not a sparse one, nor one without values."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta"
 
 
 _TOO_MUCH = object()
@@ -214,10 +260,10 @@ def _leaves(value: Any) -> Iterator[Any]:
         if not stack:
             return
         value, depth = stack.pop()
-        if isinstance(value, Mapping | list | tuple | set | frozenset):
+        if isinstance(value, dict | list | tuple | set | frozenset):
             if depth == _DEEPEST or len(value) + len(stack) > _MOST_VALUES:
                 break
-            inner = [*value, *value.values()] if isinstance(value, Mapping) else value
+            inner = [*value, *dict.values(value)] if isinstance(value, dict) else value
             stack += [(item, depth + 1) for item in inner]
         else:
             yield value
@@ -251,12 +297,29 @@ def _the_one_before(path: Path) -> str:
     return f"; the one before it, of step {step}, is whole: give {before}"
 
 
+if TYPE_CHECKING:
+    _of_the_class = classmethod
+else:
+
+    class _of_the_class(classmethod):
+        """A class method that may not be called on an instance, whose weights would stay as they are."""
+
+        def __get__(self, instance: Any, owner: Any = None) -> Any:
+            if instance is None:
+                return super().__get__(instance, owner)
+
+            def refuse(*args: Any, **kwargs: Any) -> None:
+                raise TypeError(f"load_from_checkpoint makes a new object: call {type(instance).__name__}'s own")
+
+            return refuse
+
+
 class ChecksCheckpoint:
-    """Lets ``load_from_checkpoint`` of a Lightning module or data module take any file for a stranger's."""
+    """Lets ``load_from_checkpoint`` of a Lightning module or data module take files that may be anyone's."""
 
     CHECKPOINT_HYPER_PARAMS_KEY: str
 
-    @classmethod
+    @_of_the_class
     def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
@@ -264,14 +327,15 @@ class ChecksCheckpoint:
         weights_only: bool | None = None,
         trust_config: bool = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Self:
         """Makes the object that a checkpoint is of, as Lightning does, from a file that may be anyone's.
 
         Args:
             checkpoint_path: Path or URL of the file, or an open file.
             *args: Lightning's further arguments: ``map_location``, ``hparams_file``, ...
             weights_only: False unpickles whatever is in the file, and so runs any code in it.
-            trust_config: Import classes and functions that its hyperparameters name, wherever they are.
+            trust_config: Take its hyperparameters as they are, and import the classes and functions that they name,
+                wherever they are.
             **kwargs: Lightning's further arguments, and hyperparameters that win over those of the file.
 
         Raises:
@@ -281,21 +345,24 @@ class ChecksCheckpoint:
         load: Any = super()
         if weights_only is not False:
             checkpoint_path = _checked(checkpoint_path, cls, trust_config)
-        return load.load_from_checkpoint(checkpoint_path, *args, weights_only=weights_only is not False, **kwargs)
+        loaded: Self = load.load_from_checkpoint(
+            checkpoint_path, *args, weights_only=weights_only is not False, **kwargs
+        )
+        return loaded
 
 
 def _checked(source: Any, cls: type[ChecksCheckpoint], believed: bool) -> BytesIO:
-    """Reads a checkpoint and gives it as an open file, without the optimiser's state."""
-    if hasattr(source, "read") or "://" in str(source):
+    """Reads a checkpoint and gives it as an open file, with what an object of that class is made from."""
+    if hasattr(source, "read"):
+        with TemporaryDirectory() as folder:
+            copy = Path(folder, "given.ckpt")
+            copy.write_bytes(source.read())
+            return _checked(copy, cls, believed)
+    if "://" in str(source):
         from lightning.fabric.utilities.cloud_io import get_filesystem
 
-        with (
-            TemporaryDirectory() as folder,
-            source if hasattr(source, "read") else get_filesystem(source).open(str(source), "rb") as file,
-        ):
-            copy = Path(folder, "downloaded.ckpt")
-            copy.write_bytes(file.read())
-            return _checked(copy, cls, believed)
+        with get_filesystem(source).open(str(source), "rb") as file:
+            return _checked(file, cls, believed)
     named = f"checkpoint_path={str(source)!r}"
     content = read_checkpoint(Path(source), "checkpoint_path")
     hparams = content.setdefault(cls.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -304,18 +371,21 @@ def _checked(source: Any, cls: type[ChecksCheckpoint], believed: bool) -> BytesI
         module, _, name = str(path).rpartition(".")
         kind = getattr(sys.modules.get(module), name, None)
         if not (isinstance(kind, type) and issubclass(kind, cls)):
-            raise InputError(f"{named} is of {str(path)[:200]}, which is no {cls.__name__} that has been imported")
+            raise InputError(
+                f"{named} is of {str(path)[:200]}, which is no {cls.__name__} that has been imported; if it is your "
+                "own, import its module first"
+            )
         hparams["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
     elif "_instantiator" in hparams:
         del hparams["_instantiator"]
-    foreign = None if believed else foreign_code(hparams, [path])
-    if foreign:
-        raise InputError(
-            f"{named} names {foreign[:200]}, which is neither of awconv nor beside the script that runs; where you "
-            "trust the file, give trust_config=True"
-        )
+    if not believed:
+        make_harmless(hparams, named, "trust_config=True", [str(path)])
+    # what Lightning took for hyperparameters once, and what it would make of them
+    left_out = {"optimizer_states", "hparams", "module_arguments", "hparams_type", "datamodule_hparams_type"}
+    if cls.CHECKPOINT_HYPER_PARAMS_KEY == DATA_HPARAMS:
+        left_out.add("state_dict")
     buffer = BytesIO()
-    torch.save({key: value for key, value in content.items() if key != "optimizer_states"}, buffer)
+    torch.save({key: value for key, value in content.items() if key not in left_out}, buffer)
     buffer.seek(0)
     return buffer
 
@@ -323,49 +393,136 @@ def _checked(source: Any, cls: type[ChecksCheckpoint], believed: bool) -> BytesI
 # ---- what may be believed -------------------------------------------------------------------------------------------
 
 
-def foreign_code(value: Any, believed: Container[str] = ()) -> str | None:
-    """Finds what a config or hyperparameters would import that is neither this project's nor beside its script.
-
-    Args:
-        value: Mappings and lists of texts and numbers, out of a file that anyone may have made.
-        believed: Dotted paths that the user has given.
-
-    Returns:
-        The first dotted path of a class or function that is a stranger's; None if there is none.
-    """
-    stack: list[tuple[Any, Any]] = [("", value)]
-    while stack:
-        key, value = stack.pop()
-        if isinstance(value, Mapping):
-            stack += [(k, v) for k, v in value.items() if k not in _NEVER_IMPORTED]
-        elif isinstance(value, list | tuple):
-            stack += [("", item) for item in value]
-        # a text names a class or a function wherever the argument takes one
-        elif (
-            isinstance(value, str)
-            and "." in value
-            and value not in believed
-            and (key in ("class_path", "_class_path") or _might_be_imported(value))
-            and not _is_believed(value)
-        ):
-            return value
-    return None
-
-
+_MOST_PIXELS = 178_956_970
 # texts of the user's data, which may read like anything, and a name that Lightning compares with its own
 _NEVER_IMPORTED = ("class_names", "category_ids", "_instantiator")
 
 
-def _might_be_imported(name: str) -> bool:
-    parts = name.split(".")
-    return all(map(str.isidentifier, parts)) and _spec(parts[0]) is not None
+def make_harmless(options: dict[str, Any], named: str, how_to_trust: str, typed: Collection[str] = ()) -> None:
+    """Takes out of a task's or data module's options what a file that may be anyone's must not decide.
+
+    It imports nothing but this project and modules beside the script that runs, fetches nothing, looks on no other
+    machine, and raises no limit.
+
+    Args:
+        options: Hyperparameters, or a section of a config with ``class_path`` and ``init_args``; changed in place.
+        named: What named the file, for messages.
+        how_to_trust: What the user gives to trust the file.
+        typed: Texts that the user has given.
+
+    Raises:
+        InputError: If they name code from elsewhere, or a folder of another machine.
+    """
+    remedy = f"where you trust the file, give {how_to_trust}"
+    if foreign := foreign_code(options, typed):
+        raise InputError(
+            f"{named} names {foreign[:200]}, which is neither of awconv nor beside the script that runs, and is not "
+            f"imported; {remedy}"
+        )
+    arguments = options.get("init_args") or {} if "class_path" in options else options
+    # on Windows, to look there hands over the user's name and the hash of the password
+    remote = ("\\\\", "//") if sys.platform == "win32" else ("\\\\",)
+    for name, value in arguments.items():
+        for text in _texts(value):
+            if name not in _NEVER_IMPORTED and text.startswith(remote) and text not in typed:
+                raise InputError(f"{named} names {text[:200]}, a folder of another machine; {remedy}")
+    if "download" in arguments:
+        arguments["download"] = False  # into a folder that the file names
+    workers = arguments.get("num_workers")
+    if isinstance(workers, int) and workers > (most := os.cpu_count() or 1):
+        arguments["num_workers"] = most
+    pixels = arguments.get("max_image_pixels")
+    if isinstance(pixels, int | float) and not pixels <= _MOST_PIXELS:
+        del arguments["max_image_pixels"]
+
+
+def foreign_code(options: Mapping[str, Any], typed: Collection[str] = ()) -> str | None:
+    """Finds what options would import that is neither this project's nor beside the script that runs.
+
+    Args:
+        options: Hyperparameters, or a section of a config with ``class_path`` and ``init_args``.
+        typed: Dotted paths that the user has given.
+
+    Returns:
+        The first dotted path of a class or function from elsewhere; None if there is none.
+    """
+    for path in _class_paths(options):
+        if path not in typed and not _is_believed(path):
+            return path
+    name = str(options.get("class_path") or options.get("_class_path"))
+    arguments = options
+    if "class_path" in options:
+        arguments = {**(options.get("init_args") or {}), **(options.get("dict_kwargs") or {})}
+    hints = _hints(_resolve(name)) if "." in name and _is_ours(name.partition(".")[0]) else {}
+    for name, value in arguments.items():
+        # a text names a class or a function where the argument takes one
+        if name.startswith("_") or name in _NEVER_IMPORTED or not _takes_code(hints.get(name, type)):
+            continue
+        for text in _texts(value):
+            if text not in typed and not _is_harmless(text):
+                return text
+    return None
+
+
+def _is_harmless(text: str) -> bool:
+    """Whether a text names nothing that would be imported or read from a file or an address, or what is ours."""
+    if not re.fullmatch(r"[\w.+-]*", text) or (text and Path(text).exists()):
+        return False
+    root = text.partition(".")[0]
+    if "." not in text or not all(map(str.isidentifier, text.split("."))) or _spec(root) is None:
+        return True
+    return _is_ours(root) and _has(text) and _is_defined_by_us(_resolve(text, load=root == "awconv"))
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in ("class_path", "_class_path") and isinstance(inner, str):
+                if "." in inner:  # others are looked for among what has been imported
+                    yield inner
+            elif key not in _NEVER_IMPORTED:
+                yield from _class_paths(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _class_paths(inner)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of the arguments of a class, its ancestors' among them, to which it may pass them on."""
+    hints: dict[str, Any] = {}
+    for ancestor in reversed(getattr(cls, "__mro__", ())):
+        with suppress(Exception):  # annotations may name what is not there
+            hints |= get_type_hints(vars(ancestor).get("__init__"))
+    return hints
+
+
+_PLAIN = (str, int, float, bool, bytes, type(None), Any, object, Path, PathLike, dict, list, tuple, set)
+
+
+def _takes_code(hint: Any) -> bool:
+    """Whether an argument of that type may be a class, a function, or an object that a class is named for."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return False
+    if inner and origin is not type and origin is not Callable:
+        return any(_takes_code(part) for part in inner if part is not ...)
+    return hint not in _PLAIN
 
 
 def _is_believed(name: str) -> bool:
-    """Whether a dotted path leads to what this project, or a module beside the script that runs, defines itself."""
-    if not _is_ours(name.partition(".")[0]):
-        return False
-    found = _resolve(name)
+    """Whether the dotted path of a class leads to what this project, or a module beside the script, defines itself."""
+    return _is_ours(name.partition(".")[0]) and _has(name) and _is_defined_by_us(_resolve(name))
+
+
+def _is_defined_by_us(found: Any) -> bool:
     if found is None:  # there is nothing to import: whoever parses it will say so
         return True
     # a module of ours also has what it imports itself
@@ -373,11 +530,28 @@ def _is_believed(name: str) -> bool:
     return isinstance(home, str) and _is_ours(home.partition(".")[0])
 
 
-def _resolve(name: str) -> Any:
+def _has(name: str) -> bool:
+    """Whether a single file has what is named in it, as far as can be seen without running it: it may be a script."""
+    root, first, *_ = name.split(".")
+    spec = _spec(root)
+    if root in sys.modules or spec is None or spec.submodule_search_locations is not None:
+        return True
+    try:
+        body = ast.parse(Path(spec.origin).read_bytes()).body
+    except (OSError, ValueError, SyntaxError):
+        return False
+    names = {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    names |= {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return first in names
+
+
+def _resolve(name: str, load: bool = True) -> Any:
+    """What a dotted path leads to, or None; without `load` only in what has been imported."""
     parts = name.split(".")
     for length in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:length])
         try:
-            found: Any = import_module(".".join(parts[:length]))
+            found: Any = import_module(module) if load else sys.modules[module]
             for part in parts[length:]:
                 found = getattr(found, part)
         except Exception:  # modules raise what they like
@@ -390,7 +564,9 @@ def _is_ours(root: str) -> bool:
     if root == "awconv":
         return True
     spec = _spec(root)
-    places = list(spec.submodule_search_locations or [spec.origin] * spec.has_location) if spec else []
+    if spec is None or spec.origin is None or not spec.has_location:  # a folder without __init__.py is no package here
+        return False
+    places = spec.submodule_search_locations or [spec.origin]
     return any(Path(place).resolve().parent == _folder_of_script() for place in places)
 
 
@@ -403,5 +579,7 @@ def _spec(root: str) -> Any:
 
 def _folder_of_script() -> Path:
     script = Path(sys.argv[0]).resolve()
-    own = Path(__file__).parent in script.parents  # python -m awconv...., which imports from the working directory
-    return script.parent if script.suffix == ".py" and not own else Path.cwd()
+    # those of notebooks, consoles and python -m are no scripts of the user's, and import from the working directory
+    installed = {Path(__file__).parent, *(Path(path).resolve() for path in sysconfig.get_paths().values())}
+    is_own = script.suffix == ".py" and installed.isdisjoint(script.parents)
+    return script.parent if is_own else Path.cwd()

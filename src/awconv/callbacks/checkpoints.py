@@ -22,8 +22,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from torch import Tensor
 
 from awconv import config_text
-from awconv.checkpoint import BEST, LAST, PREVIOUS, begins_afresh, read_checkpoint
-from awconv.errors import InputError, require_int, require_number
+from awconv.checkpoint import BEST, LAST, PREVIOUS, begins_afresh, read_checkpoint, what_no_run_writes
+from awconv.errors import InputError, printable, require_int, require_number
 from awconv.files import atomic_write
 
 CONFIG = "config.yaml"
@@ -230,10 +230,8 @@ class BestCheckpoint(ModelCheckpoint):
         if not candidates:
             if saved is None:
                 return
-            rank_zero_warn(
-                f"{held} ({self.monitor}={float(saved.score):.4g}) is not there any more: best.ckpt follows "
-                "the validations from here on"
-            )
+            gone = f"{held} ({self.monitor}={float(saved.score):.4g}) is not there any more"
+            rank_zero_warn(printable(f"{gone}: best.ckpt follows the validations from here on"))
             return
         chosen = next(iter(candidates))
         for path, best in candidates.items():
@@ -272,10 +270,10 @@ class _Best(NamedTuple):
             return None
         state = {"mode": "min" if "'mode': 'min'" in key else "max", "best_step": -1, **states[key]}
         try:
-            score = torch.as_tensor(state["best_model_score"]).cpu()
+            score = torch.as_tensor(state["best_model_score"]).detach().cpu().clone()  # not of a mapped file
             best = cls(state["monitor"], state["mode"], score, state["best_step"], Path(state["best_model_path"]).name)
             sound = score.numel() == 1 and best.mode in ("min", "max") and isinstance(best.monitor, str)
-            sound = sound and type(best.step) is int
+            sound = sound and type(best.step) is int and best.file != ""
         except (KeyError, TypeError, ValueError, RuntimeError):
             sound = False
         if not sound:
@@ -527,6 +525,11 @@ class CheckpointFiles(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        if wrong := what_no_run_writes(checkpoint):
+            raise InputError(
+                f"{path}: no run could go on from this checkpoint, and it was not written: {wrong}; keep that out of "
+                "what is saved"
+            )
         content = BytesIO()
         torch.save(checkpoint, content)
         try:
@@ -536,7 +539,7 @@ class CheckpointFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            there = [name for name in (LAST, "best.ckpt") if Path(path).with_name(name).is_file()]
+            there = [name for name in (LAST, BEST) if Path(path).with_name(name).is_file()]
             kept = f"; {' and '.join(there)} of before {'is' if len(there) == 1 else 'are'} untouched" if there else ""
             raise InputError(
                 f"{path}: this checkpoint of {len(content.getbuffer()) / 2**20:.0f} MiB could not be written "

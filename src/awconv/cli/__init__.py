@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import lightning as L
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -49,6 +50,9 @@ from awconv.data import ClassificationDataModule, COCODataModule
 from awconv.errors import InputError
 from awconv.quiet import silence_libraries
 from awconv.tasks import ClassificationTask, DetectionTask
+
+# Lightning switches it on: an option's value could be an address, and what it gives would be a config
+set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
 
 
 def main(args: Sequence[str] | None = None) -> None:

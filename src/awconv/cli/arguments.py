@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Union, get_args, get_origin
 from awconv import config_text
 from awconv.callbacks import BestCheckpoint
 from awconv.callbacks.checkpoints import direction, find_newest, find_run
-from awconv.checkpoint import foreign_code, read_checkpoint
-from awconv.errors import InputError
+from awconv.checkpoint import DATA_HPARAMS, HPARAMS, make_harmless, read_checkpoint
+from awconv.errors import InputError, is_number, printable
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # what the model learns from the data, so that nobody has to type it
@@ -68,7 +68,7 @@ def complete(args: list[str]) -> list[str]:
     asked += [] if asked else [str(c["ckpt_path"]) for c in configs if c.get("ckpt_path") is not None]
     trust, _ = _split(flags, "--trust_checkpoint_config")
     said = trust or [str(c["trust_checkpoint_config"]) for c in configs if "trust_checkpoint_config" in c]
-    believed = bool(resumed) or (bool(said) and said[-1].lower() == "true")
+    believed = bool(resumed) or (bool(said) and config_text.load(said[-1]) is True)
     base = checkpoint = None
     if asked and asked[-1] not in ("null", "None"):
         roots = [
@@ -123,7 +123,7 @@ class _Typed(NamedTuple):
 
     def texts(self) -> Iterator[str]:
         """All values that were typed."""
-        yield from _texts(self.configs)
+        yield from (leaf for leaf in _leaves(self.configs) if isinstance(leaf, str))
         for flag in self.flags:
             yield flag.partition("=")[2] or flag
 
@@ -205,7 +205,7 @@ def _resolve_checkpoint(value: str, root: Path) -> Path:
                 f"ckpt_path={value!r}: the newest run, {folder.parent}, has no {path.name} ({why}); give {other}, or "
                 "the checkpoint of another run"
             )
-        print(f"ckpt_path={value}: {path}", file=sys.stderr)
+        print(printable(f"ckpt_path={value}: {path}"), file=sys.stderr)
         return path
     path = Path(value)
     if not path.is_file():
@@ -240,10 +240,9 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
     if "initial_weights" in model:
         model["initial_weights"] = None  # they are in the checkpoint
     if not typed.believed:
-        _refuse_foreign_code(config, path, typed)
-        if "download" in data:
-            data["download"] = False  # into a folder that the checkpoint names
-        data.pop("max_image_pixels", None)
+        for section in ("data", "model"):
+            named = f"ckpt_path={str(path)!r}: its config"
+            make_harmless(config[section], named, "--trust_checkpoint_config true", set(typed.texts()))
     for name in ("class_names", "category_ids"):
         if name in data:
             # the classes that the network knows: pictures can be predicted where the data set itself is not
@@ -251,9 +250,11 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
     return config_text.dump(config)
 
 
-# what a trainer is told by a checkpoint that nobody vouches for: numbers and switches, and of texts these
-_TEXTS_OF_TRAINER = ("accelerator", "devices", "precision", "gradient_clip_algorithm", "deterministic", "max_time")
 _ACTING = ("logger", "callbacks", "plugins", "strategy", "profiler", "model_registry", "default_root_dir")
+# what a trainer is told by a checkpoint that nobody vouches for: numbers, switches, and words such as bf16-mixed, which
+# are no path, no address and no YAML
+_NUMBERS = (int, float, type(None))
+_WORD = re.compile(r"[\w:,-]*")
 _SECTIONS = ("seed_everything", "trainer", "checkpoint", "last_checkpoint", "test_after_fit", "data", "model")
 
 
@@ -267,24 +268,24 @@ def _without_what_acts(config: dict[str, Any], path: Path, typed: _Typed) -> dic
     kept = {
         name: value
         for name, value in trainer.items()
-        if name not in _ACTING
-        and (value is None or isinstance(value, bool | int | float) or name in _TEXTS_OF_TRAINER)
-        and foreign_code(value) is None
+        if name not in _ACTING and all(isinstance(leaf, _NUMBERS) or _WORD.fullmatch(leaf) for leaf in _leaves(value))
     }
     sections = {name: config[name] for name in _SECTIONS if name in config}
     for name in ("checkpoint", "last_checkpoint"):
-        sections[name] = {key: value for key, value in (sections.get(name) or {}).items() if key != "dirpath"}
+        options = sections.get(name) or {}
+        sections[name] = {key: value for key, value in options.items() if isinstance(value, (*_NUMBERS, str))}
+        sections[name].pop("dirpath", None)
     left = {f"trainer.{name}": value for name, value in trainer.items() if name not in kept}
     left |= {f"{name}.dirpath": (config.get(name) or {}).get("dirpath") for name in ("checkpoint", "last_checkpoint")}
     left |= {str(name): value for name, value in config.items() if name not in _SECTIONS}
     usual: list[Any] = [None, [], {}, False, "auto", "runs"]
     told = [name for name, value in left.items() if value not in usual and not _is_usual_logger(value)]
     if told := [name for name in told if not typed.names(name)]:
-        print(
+        said = (
             f"left out of the config of {path}: {', '.join(told)}; give again what you want of it, or believe the file "
-            "with --trust_checkpoint_config true",
-            file=sys.stderr,
+            "with --trust_checkpoint_config true"
         )
+        print(printable(said), file=sys.stderr)
     return {**sections, "trainer": kept}
 
 
@@ -292,47 +293,34 @@ def _is_usual_logger(value: Any) -> bool:
     return isinstance(value, dict) and value.get("class_path") == "awconv.callbacks.MetricsFile"
 
 
-def _refuse_foreign_code(config: dict[str, Any], path: Path, typed: _Typed) -> None:
-    believed = set(typed.texts())
-    for section in (config["data"], config["model"]):
-        if foreign := foreign_code(section, believed):
-            raise InputError(
-                f"ckpt_path={str(path)!r}: its config names {foreign[:200]}, which is neither of awconv nor beside "
-                "lightning_cli.py, and is not imported; where you trust the file, give --trust_checkpoint_config true"
-            )
-        for text in _texts(section):
-            # on Windows, to look there hands over the user's name and password's hash
-            if text.startswith(("\\\\", "//")) and text not in believed:
-                raise InputError(
-                    f"ckpt_path={str(path)!r}: its config names {text[:200]}, a folder of another machine; where you "
-                    "trust the file, give --trust_checkpoint_config true"
-                )
-
-
-def _texts(value: Any) -> Iterator[str]:
+def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
-    elif isinstance(value, str):
+            yield from _leaves(inner)
+    else:
         yield value
 
 
 def _keep_what_was_found(config: dict[str, Any], checkpoint: Mapping[str, Any]) -> None:
     """Lets a run go on with the learning rate and batch size that it found, and not look for them again."""
-    callbacks = config["trainer"].get("callbacks")
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    trainer = config.setdefault("trainer", {}) or {}
+    callbacks = trainer.get("callbacks") or []
+    callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
     sought = {
-        "LearningRateFinder": ("model", "hyper_parameters", "attr_name", "lr"),
-        "BatchSizeFinder": ("data", "datamodule_hyper_parameters", "batch_arg_name", "batch_size"),
+        "LearningRateFinder": ("model", HPARAMS, "attr_name", "lr"),
+        "BatchSizeFinder": ("data", DATA_HPARAMS, "batch_arg_name", "batch_size"),
     }
     for callback in list(callbacks):
-        name = str(callback["class_path"]).rpartition(".")[2]
+        options = callback if isinstance(callback, dict) else {"class_path": callback}
+        name = str(options.get("class_path")).rpartition(".")[2]
         if name in sought:
             callbacks.remove(callback)
             section, source, option, usual = sought[name]
-            argument = (callback.get("init_args") or {}).get(option) or usual
+            init_args = options.get("init_args")
+            argument = str(init_args.get(option) or usual if isinstance(init_args, dict) else usual)
             found = checkpoint.get(source, {}).get(argument)
-            if found is not None:
-                config[section].setdefault("init_args", {})[argument] = found
+            if is_number(found):
+                arguments = config[section].get("init_args") or {}
+                config[section]["init_args"] = {**arguments, argument: found}
                 print(f"{section}.{argument}={found:.6g}, as {name} found it when the run began", file=sys.stderr)
-    config["trainer"]["callbacks"] = callbacks or None
+    config["trainer"] = {**trainer, "callbacks": callbacks or None}

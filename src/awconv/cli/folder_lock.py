@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import re
+import stat
 import sys
 import time
 from contextlib import suppress
@@ -12,6 +13,8 @@ from pathlib import Path
 from awconv.errors import InputError
 
 LOCK = ".lock"
+# what a folder from elsewhere may hold under that name is not followed, nor waited for
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 # descriptors of the locks that this process holds
 _held: set[int] = set()
 
@@ -55,13 +58,17 @@ class FolderLock:
         for _ in range(100):
             self._make_folder()
             try:
-                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+                descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | _NO_LINK, 0o666)
             except FileNotFoundError:  # a run that ended just now has taken its empty folder along
                 continue
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a resumed run may find room before it writes
                     return
                 raise
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:  # another file by a second name
+                os.close(descriptor)
+                raise OSError(errno.EEXIST, f"its {LOCK} is no file of a run")
             try:
                 _lock(descriptor)
             except (BlockingIOError, PermissionError) as error:

@@ -242,7 +242,7 @@ class BaseDataModule(ChecksCheckpoint, LightningDataModule):
         Raises:
             InputError: If it is not what :meth:`state_dict` gives.
         """
-        if state_dict and not _is_state(state_dict):
+        if state_dict and not (isinstance(state_dict, dict) and _is_state(state_dict)):
             raise InputError(
                 "the checkpoint does not say rightly how far its run was in its data; start from its weights with "
                 "--model.initial_weights"

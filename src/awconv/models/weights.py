@@ -267,6 +267,9 @@ def _difference(
 ) -> str:
     """Says what differs and the likely cause; empty if nothing does."""
 
+    def shape(value: Any) -> tuple[int, ...]:
+        return tuple(value.shape) if isinstance(value, Tensor) else ()  # a module's extra state
+
     def listing(what: str, keys: list[str], describe: Callable[[str], str]) -> str:
         more = ", ..." if len(keys) > 3 else ""
         return f"{len(keys)} {what} ({', '.join(describe(key) for key in keys[:3])}{more})" if keys else ""
@@ -277,13 +280,13 @@ def _difference(
         return "it is of a classifier, and this is a detector; a new detector starts from it by initial_weights"
     missing = [key for key in wanted if key not in given and key not in optional]
     unexpected = [key for key in given if key not in wanted]
-    reshaped = [k for k in given if k in wanted and k not in new_head and given[k].shape != wanted[k].shape]
+    reshaped = [k for k in given if k in wanted and k not in new_head and shape(given[k]) != shape(wanted[k])]
     if not missing and not unexpected and not reshaped:
         return ""
     parts = [
-        listing("missing from the file", missing, lambda k: f"{k} {tuple(wanted[k].shape)}"),
-        listing("unknown to the network", unexpected, lambda k: f"{k} {tuple(given[k].shape)}"),
-        listing("of another shape", reshaped, lambda k: f"{k}: {tuple(given[k].shape)}, not {tuple(wanted[k].shape)}"),
+        listing("missing from the file", missing, lambda k: f"{k} {shape(wanted[k])}"),
+        listing("unknown to the network", unexpected, lambda k: f"{k} {shape(given[k])}"),
+        listing("of another shape", reshaped, lambda k: f"{k}: {shape(given[k])}, not {shape(wanted[k])}"),
     ]
     return f"{'; '.join(filter(None, parts))}; likely cause: {_likely_cause(missing, unexpected, reshaped)}"
 

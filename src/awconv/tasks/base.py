@@ -329,6 +329,11 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
                 f"does not fit optimizer={now['optimizer']!r}, lr_schedule={now['lr_schedule']!r}; to start afresh "
                 "from its weights use model.initial_weights"
             )
+        if wrong := _unfit_state(states, [p for group in self._learning_parameters() for p in group], optimizer):
+            raise InputError(
+                f"the checkpoint's state of {optimizer} is not one that it writes ({wrong}); start from its weights "
+                "with --model.initial_weights"
+            )
         here = [len(parameters) for parameters in self._learning_parameters()]
         for state in states:
             there = [len(group["params"]) for group in state["param_groups"]]
@@ -417,6 +422,31 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
                 f"the checkpoint holds another network than this one: {difference}; leave out what changes the "
                 "network, or start from the weights that fit with model.initial_weights"
             )
+
+
+# what torch's optimisers keep for each number of a parameter
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum")
+
+
+def _unfit_state(states: list[dict[str, Any]], parameters: list[nn.Parameter], optimizer: str) -> str:
+    """Says what torch would take over from an optimiser's state, and fail on at the next step; empty if nothing."""
+    usual = inspect.signature(_OPTIMIZERS[optimizer.lower()]).parameters
+    for state in states:
+        for group in state["param_groups"]:
+            for name, value in group.items():
+                default = usual[name].default if name in usual else None
+                numbers = value if isinstance(value, list | tuple) else [value]
+                sound = all(number is None or isinstance(number, int | float | Tensor) for number in numbers)
+                if not sound or isinstance(value, list | tuple) != (isinstance(default, tuple) or name == "params"):
+                    return f"{str(name)[:40]} is {str(value)[:40]}"
+        for number, kept in state["state"].items():
+            if not isinstance(number, int) or not 0 <= number < len(parameters) or not isinstance(kept, dict):
+                return f"there is no parameter {str(number)[:40]}"
+            for name in _MOMENTS:
+                shape = getattr(kept.get(name), "shape", None)
+                if kept.get(name) is not None and shape != parameters[number].shape:
+                    return f"{name} of parameter {number} does not have the parameter's shape"
+    return ""
 
 
 class _WeightAverage(WeightAveraging):
