@@ -102,11 +102,10 @@ def _what_is_wrong(path: Path) -> str:
         entries = file.infolist()
         if len(entries) > _MOST_ENTRIES:
             return f"{len(entries)} entries"
-        if (
-            file.comment
-            or min(entry.header_offset for entry in entries) > 0
-            or len(set(file.namelist())) < len(entries)
-        ):
+        with path.open("rb") as end:
+            end.seek(-22, os.SEEK_END)
+            whole = end.read(4) == b"PK\x05\x06" and entries[0].header_offset == 0
+        if not whole or len(set(file.namelist())) < len(entries):
             return "something stands before, behind or twice among its entries"
         if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
             return f"entry {packed[0]!r} is compressed, as torch.save never does"
