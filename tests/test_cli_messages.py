@@ -65,6 +65,11 @@ def callback(name: str, **options: object) -> list[str]:
         (callback("ModelCheckpoint", filename="../../x"), ["ModelCheckpoint.filename='../../x'", "dirpath"]),
         (callback("ModelCheckpoint", filename="/tmp/x"), ["ModelCheckpoint.filename='/tmp/x'", "dirpath"]),
         (callback("ModelCheckpoint", dirpath="/dev/null/x"), ["trainer.callbacks.dirpath=", "/dev/null is no folder"]),
+        # each of several is looked at
+        (
+            [*callback("ModelCheckpoint", dirpath="/dev/null/x"), *callback("OnExceptionCheckpoint", dirpath="/tmp")],
+            ["trainer.callbacks.dirpath=", "/dev/null is no folder"],
+        ),
         (["--checkpoint.dirpath=/dev/null/x"], ["checkpoint.dirpath=", "/dev/null is no folder"]),
         (["--checkpoint.dirpath="], ["checkpoint.dirpath=''", "not named"]),
         (["--last_checkpoint.dirpath=/dev/null"], ["last_checkpoint.dirpath=", "/dev/null is no folder"]),

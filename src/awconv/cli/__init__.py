@@ -36,12 +36,7 @@ from awconv.callbacks import (
 from awconv.callbacks.wandb_run import describe_runs
 from awconv.checkpoint import LAST, begins_afresh, read_checkpoint
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
-from awconv.cli.checks import (
-    construct,
-    refused_by_library,
-    require_sensible_numbers,
-    require_sensible_trainer,
-)
+from awconv.cli.checks import construct, refused_by_library, require_sensible_options, require_sensible_trainer
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunFolder, RunRecorder, experiment_name, lead_loggers
 from awconv.cli.surroundings import keep_wandb_files_in, progress_bar, replace_what_cannot_be_shown
@@ -183,17 +178,18 @@ class AWConvCLI(LightningCLI):
         config = self.config[self.subcommand]
         self._require_weights(config)
         _require_one_kind(config)
-        require_sensible_numbers(config, str(self.subcommand))
+        require_sensible_options(config, str(self.subcommand))
         self._folder = RunFolder(config, str(self.subcommand))
         self.run_dir = self._folder.path
         config.trainer.default_root_dir = self.run_dir
         lead_loggers(config, self.run_dir)
         keep_wandb_files_in(self.run_dir)
-        for section in (config.checkpoint, config.last_checkpoint):
-            if section.dirpath is None:
-                section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
+        keepers = {name: config[name] for name in ("checkpoint", "last_checkpoint")}
+        for keeper in keepers.values():
+            if keeper.dirpath is None:
+                keeper.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
         _lead_checkpoints(config.trainer.callbacks, str(config.checkpoint.dirpath))
-        self._folder.claim_checkpoints(str(config.checkpoint.dirpath), str(config.last_checkpoint.dirpath))
+        self._folder.claim_checkpoints({name: str(keeper.dirpath) for name, keeper in keepers.items()})
         self.save_config_kwargs = {
             "run_dir": self.run_dir,
             "command": str(self.subcommand),

@@ -47,8 +47,11 @@ _MINIMA: dict[str, dict[str, float]] = {
 }
 
 
-def require_sensible_numbers(config: Any, command: str) -> None:
-    """Refuses numbers on which Lightning divides by zero, or that no machine can count to.
+def require_sensible_options(config: Any, command: str) -> None:
+    """Refuses options that the parser lets through and that cannot work.
+
+    These are numbers on which Lightning divides by zero or that no machine can count to, nulls and names that a
+    constructor does not take, and folders in which a callback of ``fit`` could write no checkpoint.
 
     Args:
         config: The parsed config of the command.
@@ -84,10 +87,8 @@ def require_sensible_numbers(config: Any, command: str) -> None:
     for name, spec in _objects(config, ""):
         _require_sensible_object(name, spec)
     if command == "fit":
-        sections = {"checkpoint": config.checkpoint, "last_checkpoint": config.last_checkpoint}
-        sections |= {name: spec.init_args for name, spec in _objects(config, "") if spec.get("init_args")}
-        for name, options in sections.items():
-            folder = options.get("dirpath")
+        for name, spec in _objects(config, ""):
+            folder = (spec.get("init_args") or {}).get("dirpath", None)
             if isinstance(folder, str) and "://" not in folder:
                 _require_writable(f"{name}.dirpath", folder)
 
