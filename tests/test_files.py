@@ -138,6 +138,15 @@ def test_notes_are_escaped(caplog):
     assert record.getMessage() == "a note\nof \\x1b[31mred"
 
 
+def test_a_note_whose_arguments_do_not_fit_is_left_to_logging(capsys, monkeypatch):
+    silence_libraries()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.warning("of %d", "words")
+    assert "--- Logging error ---" in capsys.readouterr().err
+
+
 def test_announcements_are_escaped(capsys):
     files = RunFiles()
     files._announcements = [f"1 of 2 images skipped, such as {NAME}: bad"]

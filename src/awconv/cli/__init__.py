@@ -15,7 +15,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
@@ -45,6 +44,8 @@ from awconv.errors import InputError
 from awconv.quiet import silence_libraries
 from awconv.tasks import ClassificationTask, DetectionTask
 
+_INTERRUPTED = 130  # as shells say of Ctrl-C
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command, ``fit``, ``validate``, ``test`` or ``predict``.
@@ -61,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> None:
         AWConvCLI(sys.argv[1:] if args is None else list(args))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if said := bad_input(error):
             fail(said)
@@ -101,17 +102,9 @@ class AWConvCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 args=args,
             )
-        except BaseException as error:
-            self._clear_away(error)
-            raise
         finally:
             if self._folder is not None:
                 self._folder.release()
-
-    def _clear_away(self, error: BaseException) -> None:
-        # who is told to stop by a scheduler is started again, and then finds the config
-        if self._folder is not None and not isinstance(error, Preempted | SIGTERMException):
-            self._folder.remove_if_nothing_ran()
 
     # ---- arguments ---------------------------------------------------------------------------------
 
@@ -281,8 +274,11 @@ class AWConvCLI(LightningCLI):
         assert self._folder is not None
         try:
             self._run_or_explain(subcommand)
-        except BaseException as error:
-            self._clear_away(error)
+        except (InputError, KeyboardInterrupt, SystemExit) as error:
+            # Other ends leave the config: the report of a bug needs it, and so does a run that a scheduler stops and
+            # starts again.
+            if not isinstance(error, SystemExit) or error.code == _INTERRUPTED:
+                self._folder.remove_if_nothing_ran()
             raise
         finally:
             if self.trainer.is_global_zero and not self._folder.is_empty:
@@ -368,7 +364,7 @@ class AWConvCLI(LightningCLI):
             last = Path(self.config_init[self.subcommand].last_checkpoint.dirpath or "", LAST)
             found = f"the last checkpoint is {last}" if last.is_file() else "no checkpoint had been written yet"
             print(f"interrupted: {found}" if self.subcommand == "fit" else "interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(_INTERRUPTED)
 
 
 class _Parser(LightningArgumentParser):
