@@ -32,8 +32,8 @@ _NO_WAY = {
     errno.EPERM: "change its permissions, or name another",
     errno.ELOOP: "it is a link that leads back to itself; name what it should lead to",
     errno.ENOTDIR: "a part of the path is a file and no folder; name another",
-    errno.EIO: "the disk, or the server that it is mounted from, fails; copy the file to another disk and name it there",
-    errno.ESTALE: "the server that it is mounted from has lost it; mount it again, then start or --resume the run again",
+    errno.EIO: "the disk fails, or the server that it is mounted from; copy the file elsewhere, and name the copy",
+    errno.ESTALE: "the server that it is mounted from has lost it; mount it again, then start or --resume the run",
 }
 # what torch and NumPy say where there is too little memory
 _NO_MEMORY = re.compile("not enough memory|can't allocate memory|CUDA error: out of memory|STATUS_ALLOC_FAILED")

@@ -25,6 +25,7 @@ from awconv.data.loading import (
 )
 from awconv.data.pictures import (
     EXTENSIONS_SHOWN,
+    MAX_IMAGE_PIXELS,
     PassedOver,
     PictureDataset,
     find_pictures,
@@ -88,7 +89,7 @@ class BaseDataModule(ChecksCheckpoint, LightningDataModule):
         predict_dir: str | None = None,
         on_bad_image: OnBadImage | None = None,
         check_images: bool = False,
-        max_image_pixels: int = 178_956_970,  # Pillow's own
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
         seed: int = 0,
     ) -> None:
         super().__init__()
