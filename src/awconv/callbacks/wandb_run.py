@@ -68,9 +68,12 @@ class WandbRun(WandbLogger):
             ``last``, when training ends or is interrupted. The file in it is called ``model.ckpt``.
         init_timeout: Seconds to wait for ``wandb.init`` before the run goes offline. A server that does not answer at
             all is given five of them.
-        finish_timeout: Seconds to wait at the end for what is not uploaded yet, which then stays in the folder for
-            ``wandb sync``; 0 waits for ever. Null is 5, and 600 with ``log_checkpoints``, since checkpoints take
-            their time. Where runs are preempted, it has to be shorter than what the scheduler gives them.
+        finish_timeout: Seconds to wait at the end for what is not uploaded yet; the rest stays in the folder for
+            ``wandb sync``, and W&B warns of it. 0 waits for ever. Null is 5, and 600 with ``log_checkpoints``. W&B
+            reads it once, when the run begins, and tells nobody before the end what is still to be uploaded: so the 5
+            seconds, which bound what a server costs that went away meanwhile, hold for one that answers as well. Give
+            600 where media and tables go over a slow link. Where runs are preempted, it has to be shorter than what
+            the scheduler gives them.
         **kwargs: Further arguments of Lightning's logger and of ``wandb.init``.
 
     Raises:
