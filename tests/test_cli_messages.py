@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from multiprocessing import synchronize
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+import awconv.data
+from awconv.cli.checks import refused_by_library
 from awconv.cli.messages import bad_input
 from awconv.errors import InputError
 from refusals import refused
@@ -65,6 +68,11 @@ def callback(name: str, **options: object) -> list[str]:
         (callback("ModelCheckpoint", filename="../../x"), ["ModelCheckpoint.filename='../../x'", "dirpath"]),
         (callback("ModelCheckpoint", filename="/tmp/x"), ["ModelCheckpoint.filename='/tmp/x'", "dirpath"]),
         (callback("ModelCheckpoint", dirpath="/dev/null/x"), ["trainer.callbacks.dirpath=", "/dev/null is no folder"]),
+        # each of several is looked at
+        (
+            [*callback("ModelCheckpoint", dirpath="/dev/null/x"), *callback("OnExceptionCheckpoint", dirpath="/tmp")],
+            ["trainer.callbacks.dirpath=", "/dev/null is no folder"],
+        ),
         (["--checkpoint.dirpath=/dev/null/x"], ["checkpoint.dirpath=", "/dev/null is no folder"]),
         (["--checkpoint.dirpath="], ["checkpoint.dirpath=''", "not named"]),
         (["--last_checkpoint.dirpath=/dev/null"], ["last_checkpoint.dirpath=", "/dev/null is no folder"]),
@@ -263,7 +271,6 @@ def test_no_memory_for_what_is_asked(cli, tmp_path, monkeypatch, error):
     ("error", "says"),
     [
         (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "num_workers"),
-        (RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"), "num_workers"),
         (
             RuntimeError(
                 "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that dataloader's workers "
@@ -309,10 +316,35 @@ def test_what_the_machine_has_too_little_of(error, says):
         "is killed by signal: Segmentation fault.",
         "is killed by signal: Aborted.",
         "exited unexpectedly with exit code 3. Details are lost due to multiprocessing.",
+        "exited unexpectedly",
     ],
 )
 def test_a_worker_that_crashes_keeps_its_traceback(end):
     assert bad_input(RuntimeError(f"DataLoader worker (pid 12) {end}")) is None
+
+
+@pytest.mark.parametrize(("exitcode", "is_told"), [(-9, True), (-15, True), (-11, False), (1, False)])
+def test_how_a_worker_ended_that_only_its_process_tells(exitcode, is_told):
+    def data_of_dead_workers(failed_workers):  # torch's name
+        raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
+
+    with pytest.raises(RuntimeError) as caught:
+        data_of_dead_workers([SimpleNamespace(exitcode=exitcode)])
+    assert ("num_workers" in (bad_input(caught.value) or "")) == is_told
+
+
+@pytest.mark.parametrize("ask", [lambda: np.arange(0, 1e30), lambda: torch.empty(2**62, 4)], ids=["numpy", "torch"])
+def test_sizes_that_cannot_be_counted_are_a_bug_of_a_fork(ask):
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        ask()
+    error = caught.value
+    assert bad_input(error) is None
+    # as a worker tells of it
+    lines = ["Caught it in DataLoader worker process 0.", "Original Traceback (most recent call last):"]
+    ours = f'  File "{awconv.data.__file__}", line 1, in f'
+    for line, is_told in ((ours, True), (f'  File "{__file__}", line 1, in f', False)):
+        said = bad_input(type(error)("\n".join([*lines, ours, line, f"{type(error).__name__}: {error}"])))
+        assert ("out of memory" in (said or "")) == is_told
 
 
 def test_semaphores_lie_in_shared_memory_too(monkeypatch):
@@ -336,7 +368,9 @@ def test_semaphores_lie_in_shared_memory_too(monkeypatch):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "a bug"), None),
         (OSError(errno.ELOOP, "Too many levels of symbolic links", "/a"), "/a cannot be opened (Too many"),
         (OSError(errno.ENOTDIR, "Not a directory", "/a"), "/a cannot be opened (Not a directory)"),
-        (OSError(errno.EISDIR, "Is a directory", "/a"), "/a cannot be opened (Is a directory)"),
+        (OSError(errno.EISDIR, "Is a directory", "/a"), None),
+        (OSError(errno.EIO, "Input/output error", "/a"), "/a cannot be opened (Input/output error); the disk"),
+        (OSError(errno.ESTALE, "Stale file handle", "/a"), "mount it again"),
         (PermissionError(errno.EACCES, "Permission denied", "/a"), "/a cannot be opened (Permission denied)"),
         (OSError(errno.ENOSPC, "No space left on device", "/a"), "make room"),
         (
@@ -355,10 +389,24 @@ def test_what_is_bad_input_and_what_is_a_bug(error, says):
     assert said is None or (says in said and "Traceback" not in said)
 
 
-def test_a_fork_that_opens_a_folder_has_a_bug(tmp_path):
-    with pytest.raises(IsADirectoryError) as caught:
-        tmp_path.open()
+def test_a_fork_that_takes_a_file_for_a_folder_has_a_bug(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as caught:
+        (tmp_path / "file/x").open()
     assert bad_input(caught.value) is None
+
+
+def test_only_what_restores_a_run_cannot_be_restored():
+    def error_of(function: str) -> Exception:
+        code = f"def {function}(): raise KeyError('x')\n{function}()"
+        with pytest.raises(KeyError) as caught:
+            exec(code, {"__name__": "lightning.pytorch.trainer.connectors.checkpoint_connector"})
+        error = caught.value
+        return error.with_traceback(error.__traceback__.tb_next)  # without this test's frame
+
+    for function in ("restore_loops", "_restore_modules_and_callbacks", "resume_end"):
+        assert "cannot be restored" in refused_by_library(error_of(function))
+    assert refused_by_library(error_of("dump_checkpoint")) is None
 
 
 class Faulty(L.Callback):

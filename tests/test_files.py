@@ -49,7 +49,10 @@ def test_a_csv_file_is_read_as_it_was_written(path, header, rows):
         ("-1.5", "-1.5"),
         ("+1e-5", "+1e-5"),
         (-1.5, "-1.5"),
-        ("-inf", "'-inf"),
+        ("-inf", "-inf"),
+        ("+Inf", "+Inf"),
+        ("-NaN", "-NaN"),
+        ("-infinite", "'-infinite"),
         ("a=b", "a=b"),
         ("", ""),
         ("é汉🦉", "é汉🦉"),
@@ -83,6 +86,14 @@ def test_names_of_metrics_are_no_formulas(tmp_path):
     logger = MetricsFile(tmp_path, name="", version="")
     logger.forget_from(1)
     assert read_csv(tmp_path / "metrics.csv")[1] == [["0", "-1.5", "", "-1.5"]]
+
+
+def test_a_new_column_leaves_infinities_as_they_are(tmp_path):
+    logger = MetricsFile(tmp_path, name="", version="")
+    for names in (["a"], ["a", "b"]):
+        logger.log_metrics(dict.fromkeys(names, float("-inf")), step=len(names))
+        logger.save()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,a,b", "1,-inf,", "2,-inf,-inf"]
 
 
 # ---- what is printed
@@ -125,6 +136,15 @@ def test_notes_are_escaped(caplog):
     rank_zero_info("a note\nof \x1b[31mred")
     (record,) = caplog.records
     assert record.getMessage() == "a note\nof \\x1b[31mred"
+
+
+def test_a_note_whose_arguments_do_not_fit_is_left_to_logging(capsys, monkeypatch):
+    silence_libraries()
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler()])
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.warning("of %d", "words")
+    assert "--- Logging error ---" in capsys.readouterr().err
 
 
 def test_announcements_are_escaped(capsys):

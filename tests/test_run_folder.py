@@ -216,21 +216,23 @@ class Ends(L.Callback):
 MOMENTS = ["setup", "on_sanity_check_start", "on_train_batch_start"]
 
 
-@pytest.mark.parametrize(
-    ("moment", "how"), [(m, "refuse") for m in MOMENTS] + [(MOMENTS[0], "fail"), (MOMENTS[2], "interrupt")]
-)
+@pytest.mark.parametrize(("moment", "how"), [*((m, "refuse") for m in MOMENTS), (MOMENTS[2], "interrupt")])
 def test_a_run_that_never_was_leaves_neither_folder_nor_parents(cli, tmp_path, moment, how):
     options = ["--trainer.callbacks=test_run_folder.Ends", f"--trainer.callbacks.moment={moment}"]
     options.append(f"--trainer.callbacks.how={how}")
     given = ["fit", *SHORT, *options, f"--trainer.default_root_dir={tmp_path / 'a/runs'}"]
-    if how == "fail":
-        with pytest.raises(RuntimeError, match="a bug"):
-            cli(*given)
-    else:
-        code, out, _ = cli(*given)
-        assert code == (130 if how == "interrupt" else 2)
-        assert "run folder" not in out
+    code, out, _ = cli(*given)
+    assert code == (130 if how == "interrupt" else 2)
+    assert "run folder" not in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_leaves_the_config_for_its_report(cli, tmp_path):
+    options = ["--trainer.callbacks=test_run_folder.Ends", "--trainer.callbacks.moment=on_sanity_check_start"]
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli("fit", *SHORT, *options, "--trainer.callbacks.how=fail", f"--run_dir={tmp_path / 'run'}")
+    assert (tmp_path / "run/config.yaml").is_file()
+    assert list(tmp_path.rglob(".lock")) == []
 
 
 def test_parents_that_were_there_or_hold_something_stay(cli, tmp_path):

@@ -1,7 +1,7 @@
 """Checkpoint files: read as weights only, checked whole, and what in them may be believed.
 
 A checkpoint may be anyone's, and is data until the user says otherwise. Whatever reads a file of ``torch.save`` as
-weights only comes here; this module imports nothing of the project but the errors.
+weights only comes here; this module imports nothing of the project but ``errors`` and ``files``.
 """
 
 import ast
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from awconv.errors import InputError
+from awconv.files import MAX_IMAGE_PIXELS
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 
@@ -392,7 +393,6 @@ def _checked(source: Any, cls: type[ChecksCheckpoint], believed: bool) -> BytesI
 # ---- what may be believed -------------------------------------------------------------------------------------------
 
 
-_MOST_PIXELS = 178_956_970
 # texts of the user's data, which may read like anything, and a name that Lightning compares with its own
 _NEVER_IMPORTED = ("class_names", "category_ids", "_instantiator")
 
@@ -431,7 +431,7 @@ def make_harmless(options: dict[str, Any], named: str, how_to_trust: str, typed:
     if isinstance(workers, int) and workers > (most := os.cpu_count() or 1):
         arguments["num_workers"] = most
     pixels = arguments.get("max_image_pixels")
-    if isinstance(pixels, int | float) and not pixels <= _MOST_PIXELS:
+    if isinstance(pixels, int | float) and not pixels <= MAX_IMAGE_PIXELS:
         del arguments["max_image_pixels"]
 
 

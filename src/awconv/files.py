@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+MAX_IMAGE_PIXELS = 178_956_970
+"""How many pixels an image may have, unless a data module is told otherwise; Pillow's own limit."""
+
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
@@ -59,7 +62,8 @@ def _without_waiting(path: str, flags: int) -> int:
 
 # As what starts a cell, spreadsheets take them for a formula; the broad ones are of East Asian keyboards.
 _FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+# with the infinities and NaN as Python and NumPy write them
+_NUMBER = re.compile(r"[-+]?((\d+\.?\d*|\.\d+)(e[-+]?\d+)?|inf|nan)", re.ASCII | re.IGNORECASE)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -1,4 +1,4 @@
-"""Leaves unsaid what libraries say and nobody can do anything about."""
+"""Silences messages of libraries that a user can do nothing about."""
 
 import logging
 import warnings
@@ -46,7 +46,11 @@ def silence_libraries(*, notes: bool = True) -> None:
 
 def _escape(record: logging.LogRecord) -> bool:
     """Escapes what a name in a record, such as that of a metric in a checkpoint, would do to a terminal."""
-    record.msg, record.args = "\n".join(map(printable, record.getMessage().split("\n"))), ()
+    try:
+        text = record.getMessage()
+    except Exception:  # arguments that do not fit the message, which logging reports without ending the run
+        return True
+    record.msg, record.args = "\n".join(map(printable, text.split("\n"))), ()
     return True
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -67,9 +68,12 @@ class WandbRun(WandbLogger):
             ``last``, when training ends or is interrupted. The file in it is called ``model.ckpt``.
         init_timeout: Seconds to wait for ``wandb.init`` before the run goes offline. A server that does not answer at
             all is given five of them.
-        finish_timeout: Seconds to wait at the end for what is not uploaded yet, which then stays in the folder for
-            ``wandb sync``; 0 waits for ever. Null is 5, and 600 with ``log_checkpoints``, since checkpoints take
-            their time. Where runs are preempted, it has to be shorter than what the scheduler gives them.
+        finish_timeout: Seconds to wait at the end for what is not uploaded yet; the rest stays in the folder for
+            ``wandb sync``, and W&B warns of it. 0 waits for ever. Null is 5, and 600 with ``log_checkpoints``. W&B
+            reads it once, when the run begins, and tells nobody before the end what is still to be uploaded: so the 5
+            seconds, which bound what a server costs that went away meanwhile, hold for one that answers as well. Give
+            600 where media and tables go over a slow link. Where runs are preempted, it has to be shorter than what
+            the scheduler gives them.
         **kwargs: Further arguments of Lightning's logger and of ``wandb.init``.
 
     Raises:
@@ -301,23 +305,28 @@ def describe_runs(loggers: Sequence[Logger], experiment: str, **about: Any) -> N
 
 
 def _ask(url: str, proxies: dict[str, str]) -> None:
-    """Asks a server for anything at all, without a key.
+    """Asks a server for anything at all, without a key; every answer is good, a refusal or a fault as well.
+
+    Behind a SOCKS proxy, which urllib cannot use, nothing is asked.
 
     Raises:
-        ConnectionError: If it does not answer in time, or with a fault of its own.
+        ConnectionError: If there is no answer in time.
     """
+    proxies = {**urllib.request.getproxies(), **proxies}
+    if proxies.get(urlsplit(url).scheme, "").startswith("socks"):
+        return
     outcome: list[str | None] = [f"{url} does not answer within {_SERVER_SECONDS} s"]
 
     def ask() -> None:
         # whether its certificate is good is for W&B to say, which may know of others
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        ways = urllib.request.ProxyHandler({**urllib.request.getproxies(), **proxies})
+        ways = urllib.request.ProxyHandler(proxies)
         opener = urllib.request.build_opener(ways, urllib.request.HTTPSHandler(context=context))
         try:
             opener.open(f"{url.rstrip('/')}/graphql", b"{}", timeout=_SERVER_SECONDS).close()
-        except urllib.error.HTTPError as error:  # to such a question a server that works says no as well
-            outcome[0] = f"{url} answers {error.code} {error.reason}" if error.code >= 500 else None
+        except urllib.error.HTTPError:
+            outcome[0] = None
         except Exception as error:  # whatever is wrong with the name, the way or the answer
             outcome[0] = f"{url}: {getattr(error, 'reason', None) or error}"
         else:

@@ -16,7 +16,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import CheckpointIO, TorchSyncBatchNorm
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import nn
 
@@ -37,12 +36,7 @@ from awconv.callbacks import (
 from awconv.callbacks.wandb_run import describe_runs
 from awconv.checkpoint import LAST, begins_afresh, read_checkpoint
 from awconv.cli.arguments import LINKED, complete, count_in_whole_numbers
-from awconv.cli.checks import (
-    construct,
-    refused_by_library,
-    require_sensible_numbers,
-    require_sensible_trainer,
-)
+from awconv.cli.checks import construct, refused_by_library, require_sensible_options, require_sensible_trainer
 from awconv.cli.messages import PEER_IS_GONE, bad_input, fail, one_line
 from awconv.cli.run_folder import RunFolder, RunRecorder, experiment_name, lead_loggers
 from awconv.cli.surroundings import keep_wandb_files_in, progress_bar, replace_what_cannot_be_shown
@@ -53,6 +47,8 @@ from awconv.tasks import ClassificationTask, DetectionTask
 
 # Lightning switches it on: an option's value could be an address, and what it gives would be a config
 set_parsing_settings(config_read_mode_urls_enabled=False, config_read_mode_fsspec_enabled=False)
+
+_INTERRUPTED = 130  # as shells say of Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -70,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
         AWConvCLI(sys.argv[1:] if args is None else list(args))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if said := bad_input(error):
             fail(said)
@@ -110,17 +106,9 @@ class AWConvCLI(LightningCLI):
                 auto_configure_optimizers=False,
                 args=args,
             )
-        except BaseException as error:
-            self._clear_away(error)
-            raise
         finally:
             if self._folder is not None:
                 self._folder.release()
-
-    def _clear_away(self, error: BaseException) -> None:
-        # who is told to stop by a scheduler is started again, and then finds the config
-        if self._folder is not None and not isinstance(error, Preempted | SIGTERMException):
-            self._folder.remove_if_nothing_ran()
 
     # ---- arguments ---------------------------------------------------------------------------------
 
@@ -187,17 +175,18 @@ class AWConvCLI(LightningCLI):
         config = self.config[self.subcommand]
         self._require_weights(config)
         _require_one_kind(config)
-        require_sensible_numbers(config, str(self.subcommand))
+        require_sensible_options(config, str(self.subcommand))
         self._folder = RunFolder(config, str(self.subcommand))
         self.run_dir = self._folder.path
         config.trainer.default_root_dir = self.run_dir
         lead_loggers(config, self.run_dir)
         keep_wandb_files_in(self.run_dir)
-        for section in (config.checkpoint, config.last_checkpoint):
-            if section.dirpath is None:
-                section.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
+        keepers = {name: config[name] for name in ("checkpoint", "last_checkpoint")}
+        for keeper in keepers.values():
+            if keeper.dirpath is None:
+                keeper.dirpath = config.checkpoint.dirpath or str(Path(self.run_dir, "checkpoints"))
         _lead_checkpoints(config.trainer.callbacks, str(config.checkpoint.dirpath))
-        self._folder.claim_checkpoints(str(config.checkpoint.dirpath), str(config.last_checkpoint.dirpath))
+        self._folder.claim_checkpoints({name: str(keeper.dirpath) for name, keeper in keepers.items()})
         self.save_config_kwargs = {
             "run_dir": self.run_dir,
             "command": str(self.subcommand),
@@ -289,8 +278,11 @@ class AWConvCLI(LightningCLI):
         assert self._folder is not None
         try:
             self._run_or_explain(subcommand)
-        except BaseException as error:
-            self._clear_away(error)
+        except (InputError, KeyboardInterrupt, SystemExit) as error:
+            # Other ends leave the config: the report of a bug needs it, and so does a run that a scheduler stops and
+            # starts again.
+            if not isinstance(error, SystemExit) or error.code == _INTERRUPTED:
+                self._folder.remove_if_nothing_ran()
             raise
         finally:
             if self.trainer.is_global_zero and not self._folder.is_empty:
@@ -376,7 +368,7 @@ class AWConvCLI(LightningCLI):
             last = Path(self.config_init[self.subcommand].last_checkpoint.dirpath or "", LAST)
             found = f"the last checkpoint is {last}" if last.is_file() else "no checkpoint had been written yet"
             print(f"interrupted: {found}" if self.subcommand == "fit" else "interrupted", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(_INTERRUPTED)
 
 
 class _Parser(LightningArgumentParser):

@@ -47,8 +47,11 @@ _MINIMA: dict[str, dict[str, float]] = {
 }
 
 
-def require_sensible_numbers(config: Any, command: str) -> None:
-    """Refuses numbers on which Lightning divides by zero, or that no machine can count to.
+def require_sensible_options(config: Any, command: str) -> None:
+    """Refuses options that the parser lets through and that cannot work.
+
+    These are numbers on which Lightning divides by zero or that no machine can count to, nulls and names that a
+    constructor does not take, and folders in which a callback of ``fit`` could write no checkpoint.
 
     Args:
         config: The parsed config of the command.
@@ -84,10 +87,8 @@ def require_sensible_numbers(config: Any, command: str) -> None:
     for name, spec in _objects(config, ""):
         _require_sensible_object(name, spec)
     if command == "fit":
-        sections = {"checkpoint": config.checkpoint, "last_checkpoint": config.last_checkpoint}
-        sections |= {name: spec.init_args for name, spec in _objects(config, "") if spec.get("init_args")}
-        for name, options in sections.items():
-            folder = options.get("dirpath")
+        for name, spec in _objects(config, ""):
+            folder = (spec.get("init_args") or {}).get("dirpath", None)
             if isinstance(folder, str) and "://" not in folder:
                 _require_writable(f"{name}.dirpath", folder)
 
@@ -212,7 +213,11 @@ def refused_by_library(error: Exception) -> str | None:
         return f"the trainer refuses its settings: {' '.join(str(error).split())}"  # whoever called the loop
     if not all(map(_is_library, frames)):
         return None
-    if any(_module(frame).endswith(".checkpoint_connector") for frame in frames):
+    if any(
+        # saving goes through the same module
+        _module(frame).endswith(".checkpoint_connector") and re.match("_?(restore|resume)", frame.f_code.co_name)
+        for frame in frames
+    ):
         return (
             f"the state of the run in the checkpoint cannot be restored ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}); start from its weights with --model.initial_weights"
@@ -226,7 +231,15 @@ def refused_by_library(error: Exception) -> str | None:
 
 def has_foreign_frames(error: BaseException) -> bool:
     """Whether code of a fork had a part in an exception: neither a library's nor this project's."""
-    return any(not _is_library(frame) and _root(_module(frame)) != "awconv" for frame in _frames(error))
+    # of a worker there is only the text
+    files = re.findall(r'File "([^<].*?)", line \d', str(error)) if "Original Traceback" in str(error) else []
+    roots = {_root(_module(frame)) for frame in _frames(error)} | {_root_of_file(file) for file in files}
+    return not roots <= {*_LIBRARIES, "awconv"}
+
+
+def _root_of_file(file: str) -> str:
+    folder = max((path for path in sys.path if path and file.startswith(path + os.sep)), key=len, default="")
+    return file.removeprefix(folder + os.sep).split(os.sep)[0].removesuffix(".py")
 
 
 def _frames(error: BaseException) -> list[FrameType]:

@@ -34,6 +34,8 @@ class FolderLock:
     """
 
     def __init__(self, folder: str | Path, given: str) -> None:
+        if not str(folder):
+            raise InputError(f"{given}: the folder is not named; give another")
         self.folder = Path(os.path.abspath(folder))
         self._file = self.folder / LOCK
         self._made: list[Path] = []

@@ -27,13 +27,18 @@ from awconv.errors import InputError, printable
 
 # a full disk, a quota, a limit on the size of files, a file system that cannot be written to
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-# no permission, a link to itself, a file in the place of a folder or the other way round, a disk that fails
-_NO_WAY = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ESTALE)
-# what torch and NumPy say of sizes beyond what there is, or beyond what can be counted
-_NO_MEMORY = re.compile(
-    "not enough memory|can't allocate memory|CUDA error: out of memory|STATUS_ALLOC_FAILED|"
-    "Storage size calculation overflowed|array is too big|Maximum allowed (dimension|size) exceeded"
-)
+_NO_WAY = {
+    errno.EACCES: "change its permissions, or name another",
+    errno.EPERM: "change its permissions, or name another",
+    errno.ELOOP: "it is a link that leads back to itself; name what it should lead to",
+    errno.ENOTDIR: "a part of the path is a file and no folder; name another",
+    errno.EIO: "the disk fails, or the server that it is mounted from; copy the file elsewhere, and name the copy",
+    errno.ESTALE: "the server that it is mounted from has lost it; mount it again, then start or --resume the run",
+}
+# what torch and NumPy say where there is too little memory
+_NO_MEMORY = re.compile("not enough memory|can't allocate memory|CUDA error: out of memory|STATUS_ALLOC_FAILED")
+# of sizes that cannot be counted: wrong options, or wrong code
+_NO_SIZE = re.compile("Storage size calculation overflowed|array is too big|Maximum allowed (dimension|size) exceeded")
 # what gloo and the rendezvous say when the process at the other end is gone
 PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|failed to recv, got 0 bytes")
 
@@ -202,7 +207,8 @@ def bad_input(error: BaseException) -> str | None:
     if isinstance(error, MisconfigurationException):
         return None if has_foreign_frames(error) else text
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError | ValueError) and _NO_MEMORY.search(text)
+        isinstance(error, RuntimeError | ValueError)
+        and (_NO_MEMORY.search(text) or (_NO_SIZE.search(text) and not has_foreign_frames(error)))
     ):
         return f"out of memory ({text[:200]}); give a smaller --data.batch_size, image size or network"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
@@ -210,14 +216,10 @@ def bad_input(error: BaseException) -> str | None:
         return f"{name[:40]!r}... ({len(name)} characters) is too long for a path; give a shorter one"
     if type(error).__module__.startswith("wandb.") and type(error).__name__ == "UsageError":
         return f"{text} (log in with `wandb login`, or set WANDB_MODE=offline)"
-    if (
-        isinstance(error, OSError)
-        and error.errno in _NO_WAY
-        and error.filename
-        # code that opens a folder as a file has a bug
-        and (isinstance(error, PermissionError) or not has_foreign_frames(error))
-    ):
-        return f"{error.filename} cannot be opened ({error.strerror}); change its permissions, or name another"
+    # code that takes a file for a folder has a bug; which paths lead to a folder is checked where they are given
+    is_bug = isinstance(error, NotADirectoryError) and has_foreign_frames(error)
+    if isinstance(error, OSError) and error.errno in _NO_WAY and error.filename and not is_bug:
+        return f"{error.filename} cannot be opened ({error.strerror}); {_NO_WAY[error.errno]}"
     if isinstance(error, ValueError) and text.startswith("embedded null"):
         return "a path or an option holds a NUL character; take it out"
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
@@ -228,7 +230,7 @@ def bad_input(error: BaseException) -> str | None:
         )
     if isinstance(error, ValueError) and text.startswith("Expected more than 1 value per channel"):
         return (
-            f"{text}: a normalisation sees one value a channel in a batch of one picture; give --data.batch_size of at "
+            f"{text}: a normalisation sees one value a channel in a batch of one image; give --data.batch_size of at "
             "least 2, or for a detector --model.norm group"
         )
     if error.__cause__ is not None:
@@ -248,7 +250,7 @@ _EXHAUSTED = {
         "shared memory (/dev/shm) is full",
         "make it larger (docker run --shm-size 8g, or --ipc host), or give fewer --data.num_workers, 0 for none",
     ),
-    r"DataLoader worker .*(signal: (Killed|Terminated)|exited unexpectedly(?! with))": (
+    r"DataLoader worker .*signal: (Killed|Terminated)": (
         "a process that loads data was killed, as the system does where memory runs out",
         "give fewer --data.num_workers, 0 for none, or a smaller --data.batch_size, or ask for more memory",
     ),
@@ -259,9 +261,13 @@ def _exhausted(error: BaseException, text: str) -> str | None:
     """What the machine or the job has too little of."""
     if not isinstance(error, OSError | RuntimeError):
         return None
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # "(pid(s) 12) exited unexpectedly" is said of workers that were killed, and of those that ended by themselves
+    if any(worker.exitcode in (-9, -15) for frame in frames for worker in frame.f_locals.get("failed_workers", ())):
+        text += " (signal: Killed)"
     if getattr(error, "errno", None) == errno.ENOSPC:
         # the semaphores of the queues to workers lie there too, and have no name that the error could give
-        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        modules = [frame.f_globals.get("__name__", "") for frame in frames]
         text += " in shared memory (shm)" if any(name.startswith("multiprocessing.") for name in modules) else ""
     for pattern, (what, remedy) in _EXHAUSTED.items():
         if found := re.search(pattern, text):

@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from pkgutil import resolve_name
@@ -59,20 +60,20 @@ class RunFolder:
                 f"run_dir={config.run_dir!r} is not empty; give a new folder, or let the run there go on by --resume"
             )
 
-    def claim_checkpoints(self, *folders: str) -> None:
+    def claim_checkpoints(self, folders: Mapping[str, str]) -> None:
         """Locks the folders that ``fit`` writes checkpoints to, and clears away what a killed run left half written.
 
         Args:
-            folders: The folders.
+            folders: The folders, by the section of the config that names each.
 
         Raises:
-            InputError: If another run is writing there.
+            InputError: If another run is writing there, or nothing can be written there.
         """
         if self._command != "fit":
             return
-        for folder in folders:
+        for section, folder in folders.items():
             if "://" not in folder:
-                self._claim(folder, f"checkpoint.dirpath={folder!r}")
+                self._claim(folder, f"{section}.dirpath={folder!r}")
         if self._resumed:
             for lock in self._locks:
                 _clear_unfinished(lock.folder)

@@ -33,6 +33,7 @@ from awconv.data.pictures import (
 )
 from awconv.data.resident import ResidentBatches, ResidentSplit, as_it_is
 from awconv.errors import InputError, printable, require, require_int
+from awconv.files import MAX_IMAGE_PIXELS
 
 Split: TypeAlias = Literal["train", "val", "test"]
 Transform: TypeAlias = Callable[..., Any]
@@ -88,7 +89,7 @@ class BaseDataModule(ChecksCheckpoint, LightningDataModule):
         predict_dir: str | None = None,
         on_bad_image: OnBadImage | None = None,
         check_images: bool = False,
-        max_image_pixels: int = 178_956_970,  # Pillow's own
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
         seed: int = 0,
     ) -> None:
         super().__init__()

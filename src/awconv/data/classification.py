@@ -11,6 +11,7 @@ from awconv.data.base import BaseDataModule, OnBadImage, Split, Transform
 from awconv.data.loading import MapDataset, collate, seeded
 from awconv.data.transforms import Normalise, RandomMirror, Resize, ShiftedCrop, ToImage
 from awconv.errors import is_number, require, require_int, require_number
+from awconv.files import MAX_IMAGE_PIXELS
 
 Augment: TypeAlias = Literal["none", "basic", "autoaugment", "randaugment", "trivialaugment"]
 BatchTransform: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -93,7 +94,7 @@ class ClassificationDataModule(BaseDataModule):
         predict_dir: str | None = None,
         on_bad_image: OnBadImage | None = None,
         check_images: bool = False,
-        max_image_pixels: int = 178_956_970,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
         seed: int = 0,
     ) -> None:
         super().__init__(

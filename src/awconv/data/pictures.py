@@ -221,7 +221,7 @@ def read_encoded(path: str | Path) -> Tensor:
     """
     with _naming(path), _open(path) as (file, picture):
         if _is_common_jpeg(picture) and _orientation(picture) == 1:
-            encoded = file.whole()
+            encoded = _whole(file)
             if encoded[-2:].tobytes() == b"\xff\xd9" and _frame_headers(encoded) == 1:
                 return torch.from_numpy(encoded)
         return _decoded(file, picture, path)
@@ -240,8 +240,9 @@ def _frame_headers(encoded: npt.NDArray[np.uint8]) -> int:
 def limit_pixels(most: int) -> None:
     """Lets this process read images of so many pixels, and refuse larger ones by their head, before they are decoded.
 
-    It is Pillow's own limit, and holds for all that read images in this process: it is 178956970 until this is called.
-    Every data module that is set up calls it, there and in its workers; see :class:`awconv.data.BaseDataModule`.
+    It is Pillow's own limit, and holds for all that read images in this process. Until this is called it is
+    :data:`MAX_IMAGE_PIXELS`. Every data module that is set up calls it, there and in its workers; see
+    :class:`awconv.data.BaseDataModule`.
     """
     if most / 2 != PIL.Image.MAX_IMAGE_PIXELS:  # of which Pillow refuses twice as many
         PIL.Image.MAX_IMAGE_PIXELS = most / 2  # type: ignore[assignment]
@@ -258,12 +259,13 @@ _TILE_SIZE = (PIL.ExifTags.Base.TileWidth, PIL.ExifTags.Base.TileLength)
 
 
 @contextmanager
-def _open(path: str | Path) -> Iterator[tuple["_FrugalReader", PIL.Image.Image]]:
+def _open(path: str | Path) -> Iterator[tuple[io.BufferedReader, PIL.Image.Image]]:
     """Open a file and the image in it, of which the head is read; absurd sizes are refused."""
-    with (
-        _FrugalReader(open_regular(path).detach()) as file,
-        PIL.Image.open(file, formats=_formats()) as picture,
-    ):
+    plain = open_regular(path)
+    length = _length(plain)
+    # to count costs more than to decode a small image
+    frugal = _FrugalReader(plain.detach(), length) if length >= _SMALL else None
+    with frugal or plain as file, PIL.Image.open(file, formats=_formats()) as picture:
         sizes = [picture.size]
         if hasattr(picture, "tag_v2"):  # the tiles of a TIFF may be larger than the image
             width, height = map(picture.tag_v2.get, _TILE_SIZE)
@@ -275,13 +277,28 @@ def _open(path: str | Path) -> Iterator[tuple["_FrugalReader", PIL.Image.Image]]
                 raise PIL.Image.DecompressionBombError(width * height)
         pixels = picture.width * picture.height
         # A JPEG has at least a bit for 8x8 pixels, and decoders make up those that are not there.
-        if picture.format in ("JPEG", "MPO") and file.size < pixels // 1024:
+        if picture.format in ("JPEG", "MPO") and length < pixels // 1024:
             raise ValueError("the file is far smaller than its image")
         # which Pillow makes in Python, one by one, out of next to nothing
         if pixels > 2**24 and any(tile[0] == "fits_gzip" for tile in picture.tile):
             raise ValueError("a compressed FITS image of so many pixels")
-        file.opened(pixels)
+        if frugal is not None:
+            frugal.opened(pixels)
         yield file, picture
+
+
+_SMALL = 2**20  # bytes
+
+
+def _length(file: io.BufferedReader) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _whole(file: io.BufferedReader) -> npt.NDArray[np.uint8]:
+    """Reads all of a file."""
+    file.seek(0)
+    content = np.empty(_length(file), dtype=np.uint8)
+    return content[: file.readinto(content.data)]
 
 
 class _FrugalReader(io.BufferedReader):
@@ -291,9 +308,9 @@ class _FrugalReader(io.BufferedReader):
     pixels, a byte at a time. That all counts.
     """
 
-    def __init__(self, raw: io.RawIOBase) -> None:
+    def __init__(self, raw: io.RawIOBase, length: int) -> None:
         super().__init__(raw)
-        self.size = os.fstat(raw.fileno()).st_size
+        self._length = length
         # a call costs time, even if it reads a single byte
         self._left, self._per_call = 2**28, 64
 
@@ -303,7 +320,7 @@ class _FrugalReader(io.BufferedReader):
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Reads as any file does, unless it gets too much."""
-        there = max(0, self.size - self.tell())
+        there = max(0, self._length - self.tell())
         return super().read(self._counted(there if size is None or size < 0 else min(size, there)))
 
     def readline(self, size: int | None = -1, /) -> bytes:
@@ -312,11 +329,10 @@ class _FrugalReader(io.BufferedReader):
         self._counted(len(line))
         return line
 
-    def whole(self) -> npt.NDArray[np.uint8]:
-        """Reads all of the file."""
-        self.seek(0)
-        content = np.empty(self._counted(self.size), dtype=np.uint8)
-        return content[: self.readinto(content.data)]
+    def readinto(self, buffer: Any, /) -> int:
+        """Reads as any file does, unless it gets too much."""
+        self._counted(len(memoryview(buffer)))
+        return super().readinto(buffer)
 
     def _counted(self, size: int) -> int:
         self._left -= max(size, self._per_call)
@@ -338,12 +354,12 @@ def _is_common_jpeg(picture: PIL.Image.Image) -> bool:
     return is_jpeg and picture.mode in ("L", "RGB") and picture.info.get("adobe_transform") != 0
 
 
-def _decoded(file: "_FrugalReader", picture: PIL.Image.Image, path: str | Path) -> Tensor:
+def _decoded(file: io.BufferedReader, picture: PIL.Image.Image, path: str | Path) -> Tensor:
     # torchvision decodes JPEG fastest. Its other decoders are left alone: a single wrong byte in a PNG can crash the
     # process.
     if _is_common_jpeg(picture):
         try:
-            decoded = decode_jpeg(torch.from_numpy(file.whole()), ImageReadMode.RGB)
+            decoded = decode_jpeg(torch.from_numpy(_whole(file)), ImageReadMode.RGB)
             return _upright(decoded, _orientation(picture))
         except RuntimeError:
             pass
