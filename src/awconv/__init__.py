@@ -9,8 +9,8 @@ logging.getLogger("matplotlib").addFilter(
     lambda record: not str(record.msg).startswith(("mkdir -p failed for path", "Matplotlib created a temporary cache"))
 )
 
-# Arguments that take anything hold data. A class_path in them is no class to be made, whoever wrote it; and commands,
-# pickles and the import machinery are no arguments at all.
+# For every parser of this process: a class_path in an argument that takes anything stays data, whoever wrote it. Giving
+# the lists, empty as they are, makes jsonargparse refuse what is on its own list of dangerous imports (os, pickle, ...).
 with suppress(ImportError):  # layers and models do without it
     from jsonargparse import set_parsing_settings
 
