@@ -86,7 +86,15 @@ POPEN = {"class_path": "subprocess.Popen", "init_args": {"args": "touch it_ran",
 @pytest.fixture(autouse=True)
 def nothing_is_called(monkeypatch, tmp_path):
     monkeypatch.setattr(Tool, "calls", [])
-    monkeypatch.setattr(subprocess.Popen, "__init__", lambda *args, **kwargs: Tool(args=args))
+    run = subprocess.Popen.__init__
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "it_ran" in str((args, kwargs)):
+            Tool(args=args)
+        else:  # libraries ask other programs when they are first used
+            run(self, *args, **kwargs)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", watched)
     yield
     assert Tool.calls == []
 
@@ -150,6 +158,7 @@ class Fork(ClassificationTask):
         activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         kinds: list[type[nn.Module]] | None = None,
         kind: Literal["a", "b"] = "a",
+        note=None,
         paths: dict[str, Path] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -177,7 +186,8 @@ def test_a_text_where_the_argument_takes_code(beside, tmp_path, monkeypatch, nam
         assert theirs(**{name: text}) == text
         assert theirs(**{name: [{"a": text}]}) == text
         assert foreign_code({"_class_path": f"{__name__}.Fork", name: text}) == text
-    assert theirs(**{name: "relu"}) is None
+    for text in ("relu", "", "two words, and more", "50%: {", "resnet50.a1_in1k"):
+        assert theirs(**{name: text}) is None
     assert theirs(**{name: f"{__name__}.Fork"}) is None
     assert foreign_code({"class_path": f"{__name__}.Fork", "init_args": {name: "os.abc"}}, ["os.abc"]) is None
 

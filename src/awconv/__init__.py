@@ -9,8 +9,8 @@ logging.getLogger("matplotlib").addFilter(
     lambda record: not str(record.msg).startswith(("mkdir -p failed for path", "Matplotlib created a temporary cache"))
 )
 
-# For every parser of this process: a class_path in an argument that takes anything stays data, whoever wrote it. Giving
-# the lists, empty as they are, makes jsonargparse refuse what is on its own list of dangerous imports (os, pickle, ...).
+# For every parser of this process: a class_path in an argument that takes anything stays data, whoever wrote it.
+# Giving the lists, empty as they are, makes jsonargparse refuse what is on its list of dangerous imports (os, pickle).
 with suppress(ImportError):  # layers and models do without it
     from jsonargparse import set_parsing_settings
 

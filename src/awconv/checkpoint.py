@@ -5,6 +5,7 @@ weights only comes here; this module imports nothing of the project but ``errors
 """
 
 import ast
+import inspect
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from torch import Tensor
 
 from awconv.errors import InputError
@@ -465,7 +467,12 @@ def foreign_code(options: Mapping[str, Any], typed: Collection[str] = ()) -> str
 
 def _is_harmless(text: str) -> bool:
     """Whether a text names nothing that would be imported or read from a file or an address, or what is ours."""
-    if not re.fullmatch(r"[\w.+-]*", text) or (text and Path(text).exists()):
+    try:
+        if "://" in text or isinstance(yaml.safe_load(text), dict | list) or (text.strip() and Path(text).exists()):
+            return False
+    except yaml.YAMLError:  # nor does the parser make anything of it
+        pass
+    except (OSError, ValueError, RecursionError):
         return False
     root = text.partition(".")[0]
     if "." not in text or not all(map(str.isidentifier, text.split("."))) or _spec(root) is None:
@@ -499,7 +506,8 @@ def _hints(cls: Any) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for ancestor in reversed(getattr(cls, "__mro__", ())):
         with suppress(Exception):  # annotations may name what is not there
-            hints |= get_type_hints(vars(ancestor).get("__init__"))
+            init = vars(ancestor).get("__init__")
+            hints |= {**dict.fromkeys(inspect.signature(init).parameters, Any), **get_type_hints(init)}
     return hints
 
 

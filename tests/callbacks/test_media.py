@@ -43,9 +43,7 @@ def test_objects_of_wandb_are_not_made_without_it(tmp_path):
 
 
 def test_a_figure_that_fails_leaves_nothing_half_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "awconv.callbacks.run_files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space"))
-    )
+    monkeypatch.setattr("awconv.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
     with pytest.raises(OSError, match="No space"):
         publish(trainer(tmp_path), {"a": red})
     assert not list((tmp_path / "media").iterdir())
