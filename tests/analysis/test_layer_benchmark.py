@@ -59,11 +59,15 @@ def test_routed_condconv_is_the_sample_by_sample_mixture():
         torch.testing.assert_close(result, F.conv2d(image[None], kernel, padding=1)[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_layer_records(dtype):
-    rows = layer_benchmark.benchmark_layers(((16, 6), (32, 5)), device="cpu", batch=2, dtype=dtype, repeats=2)
+@pytest.mark.parametrize(
+    ("dtype", "shapes"),
+    [(torch.float32, ((16, 6), (32, 5))), (torch.bfloat16, ((16, 6),)), (torch.float16, ((32, 5),))],
+    ids=str,
+)
+def test_layer_records(dtype, shapes):
+    rows = layer_benchmark.benchmark_layers(shapes, device="cpu", batch=2, dtype=dtype, repeats=2)
     keys = [(r["channels"], r["size"], r["pass"], r["contender"]) for r in rows]
-    shapes_and_passes = [(c, s, p) for c, s in ((16, 6), (32, 5)) for p in ("forward", "forward+backward")]
+    shapes_and_passes = [(c, s, p) for c, s in shapes for p in ("forward", "forward+backward")]
     assert keys == [(*key, contender) for key in shapes_and_passes for contender in CONTENDERS]
     plain = {key[:3]: row for key, row in zip(keys, rows, strict=True) if key[3] == "Conv2d"}
     for key, row in zip(keys, rows, strict=True):
