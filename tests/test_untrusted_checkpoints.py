@@ -204,6 +204,15 @@ def test_a_text_where_the_argument_takes_a_text(beside, tmp_path, monkeypatch):
         assert foreign_code({"class_path": "awconv.data.COCODataModule", "init_args": data}) is None
 
 
+def test_a_class_that_was_typed_is_known_by_its_arguments():
+    name = "torchvision.datasets.ImageFolder"
+    options = {"class_path": name, "init_args": {"root": str(Path(__file__).parent)}}
+    assert foreign_code(options) == name
+    assert foreign_code(options, [name]) is None
+    options["init_args"]["loader"] = "shutil.rmtree"
+    assert foreign_code(options, [name]) == "shutil.rmtree"
+
+
 def test_what_lies_beside_the_script(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py")])

@@ -454,7 +454,7 @@ def foreign_code(options: Mapping[str, Any], typed: Collection[str] = ()) -> str
     arguments = options
     if "class_path" in options:
         arguments = {**(options.get("init_args") or {}), **(options.get("dict_kwargs") or {})}
-    hints = _hints(_resolve(name)) if "." in name and _is_ours(name.partition(".")[0]) else {}
+    hints = _hints(_resolve(name)) if "." in name and (name in typed or _is_ours(name.partition(".")[0])) else {}
     for name, value in arguments.items():
         # a text names a class or a function where the argument takes one
         if name.startswith("_") or name in _NEVER_IMPORTED or not _takes_code(hints.get(name, type)):
