@@ -197,7 +197,7 @@ def test_a_recipe_without_a_model(cli):
 
 
 def test_a_batch_of_one_for_a_norm_over_the_batch(fit):
-    refused(fit("--model.attention=bam", "--data.batch_size=1"), "batch of one picture", "--data.batch_size")
+    refused(fit("--model.attention=bam", "--data.batch_size=1"), "batch of one image", "--data.batch_size")
 
 
 def test_a_metric_that_is_not_measured(fit):

@@ -381,7 +381,7 @@ def _checked(source: Any, cls: type[ChecksCheckpoint], believed: bool) -> BytesI
     elif "_instantiator" in hparams:
         del hparams["_instantiator"]
     if not believed:
-        make_harmless(hparams, named, "trust_config=True", [str(path)])
+        make_harmless(hparams, named, "trust_config=True", [str(path)], cls)
     # what Lightning took for hyperparameters once, and what it would make of them
     left_out = {"optimizer_states", "hparams", "module_arguments", "hparams_type", "datamodule_hparams_type"}
     if cls.CHECKPOINT_HYPER_PARAMS_KEY == DATA_HPARAMS:
@@ -399,7 +399,9 @@ def _checked(source: Any, cls: type[ChecksCheckpoint], believed: bool) -> BytesI
 _NEVER_IMPORTED = ("class_names", "category_ids", "_instantiator")
 
 
-def make_harmless(options: dict[str, Any], named: str, how_to_trust: str, typed: Collection[str] = ()) -> None:
+def make_harmless(
+    options: dict[str, Any], named: str, how_to_trust: str, typed: Collection[str] = (), kind: type | None = None
+) -> None:
     """Takes out of a task's or data module's options what a file that may be anyone's must not decide.
 
     It imports nothing but this project and modules beside the script that runs, fetches nothing, looks on no other
@@ -410,12 +412,13 @@ def make_harmless(options: dict[str, Any], named: str, how_to_trust: str, typed:
         named: What named the file, for messages.
         how_to_trust: What the user gives to trust the file.
         typed: Texts that the user has given.
+        kind: The class that takes them, where they do not name it.
 
     Raises:
         InputError: If they name code from elsewhere, or a folder of another machine.
     """
     remedy = f"where you trust the file, give {how_to_trust}"
-    if foreign := foreign_code(options, typed):
+    if foreign := foreign_code(options, typed, kind):
         raise InputError(
             f"{named} names {foreign[:200]}, which is neither of awconv nor beside the script that runs, and is not "
             f"imported; {remedy}"
@@ -437,12 +440,13 @@ def make_harmless(options: dict[str, Any], named: str, how_to_trust: str, typed:
         del arguments["max_image_pixels"]
 
 
-def foreign_code(options: Mapping[str, Any], typed: Collection[str] = ()) -> str | None:
+def foreign_code(options: Mapping[str, Any], typed: Collection[str] = (), kind: type | None = None) -> str | None:
     """Finds what options would import that is neither this project's nor beside the script that runs.
 
     Args:
         options: Hyperparameters, or a section of a config with ``class_path`` and ``init_args``.
         typed: Dotted paths that the user has given.
+        kind: The class that takes them, where they do not name it.
 
     Returns:
         The first dotted path of a class or function from elsewhere; None if there is none.
@@ -454,7 +458,9 @@ def foreign_code(options: Mapping[str, Any], typed: Collection[str] = ()) -> str
     arguments = options
     if "class_path" in options:
         arguments = {**(options.get("init_args") or {}), **(options.get("dict_kwargs") or {})}
-    hints = _hints(_resolve(name)) if "." in name and (name in typed or _is_ours(name.partition(".")[0])) else {}
+    if "." in name and (name in typed or _is_ours(name.partition(".")[0])):
+        kind = _resolve(name)
+    hints = _hints(kind)
     for name, value in arguments.items():
         # a text names a class or a function where the argument takes one
         if name.startswith("_") or name in _NEVER_IMPORTED or not _takes_code(hints.get(name, type)):

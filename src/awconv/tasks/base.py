@@ -329,11 +329,6 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
                 f"does not fit optimizer={now['optimizer']!r}, lr_schedule={now['lr_schedule']!r}; to start afresh "
                 "from its weights use model.initial_weights"
             )
-        if wrong := _unfit_state(states, [p for group in self._learning_parameters() for p in group], optimizer):
-            raise InputError(
-                f"the checkpoint's state of {optimizer} is not one that it writes ({wrong}); start from its weights "
-                "with --model.initial_weights"
-            )
         here = [len(parameters) for parameters in self._learning_parameters()]
         for state in states:
             there = [len(group["params"]) for group in state["param_groups"]]
@@ -343,6 +338,11 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
                     "something else is frozen; set norm and trainable_stages as they were, or start afresh from its "
                     "weights with model.initial_weights"
                 )
+        if wrong := _unfit_state(states, [p for group in self._learning_parameters() for p in group], optimizer):
+            raise InputError(
+                f"the checkpoint's state of {optimizer} is not one that it writes ({wrong}); start from its weights "
+                "with --model.initial_weights"
+            )
         decays = (now["weight_decay"], now["weight_decay"] if now["decay_norm_and_bias"] else 0.0)
         for state in states:
             for group, decay in zip(state["param_groups"], decays, strict=True):
@@ -435,16 +435,21 @@ def _unfit_state(states: list[dict[str, Any]], parameters: list[nn.Parameter], o
         for group in state["param_groups"]:
             for name, value in group.items():
                 default = usual[name].default if name in usual else None
-                numbers = value if isinstance(value, list | tuple) else [value]
-                sound = all(number is None or isinstance(number, int | float | Tensor) for number in numbers)
-                if not sound or isinstance(value, list | tuple) != (isinstance(default, tuple) or name == "params"):
+                parts = value if isinstance(value, list | tuple) else [value]
+                sound = all(part is None or isinstance(part, int | float | Tensor) for part in parts)
+                alike = isinstance(value, list | tuple) == isinstance(default, tuple)
+                if name != "params" and not (sound and alike):
                     return f"{str(name)[:40]} is {str(value)[:40]}"
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        if not all(isinstance(number, int | str) for number in numbers):
+            return f"params is {str(numbers)[:40]}"
+        of = dict(zip(numbers, parameters, strict=True))
         for number, kept in state["state"].items():
-            if not isinstance(number, int) or not 0 <= number < len(parameters) or not isinstance(kept, dict):
+            if number not in of or not isinstance(kept, dict):
                 return f"there is no parameter {str(number)[:40]}"
             for name in _MOMENTS:
                 shape = getattr(kept.get(name), "shape", None)
-                if kept.get(name) is not None and shape != parameters[number].shape:
+                if kept.get(name) is not None and shape != of[number].shape:
                     return f"{name} of parameter {number} does not have the parameter's shape"
     return ""
 
