@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import io
+import json
 import math
 import os
 import random
@@ -25,6 +26,7 @@ from torch import nn
 from awconv.callbacks import CheckpointFiles, MetricsFile
 from awconv.checkpoint import foreign_code, read_checkpoint, read_tensors
 from awconv.cli.arguments import complete
+from awconv.config_text import MODE
 from awconv.data import CIFAR10DataModule, DigitsDataModule
 from awconv.errors import InputError
 from awconv.models.weights import read_state
@@ -107,6 +109,9 @@ FREE = {
     "itself": lambda spec: ("model", "optimizer_options", spec),
     "a list": lambda spec: ("model", "aw", {"include": [spec]}),
     "the data": lambda spec: ("data", "invert", {"x": [spec]}),
+    "a text": lambda spec: ("model", "optimizer_options", {"x": json.dumps(spec)}),
+    "the text of all": lambda spec: ("model", "optimizer_options", json.dumps({"x": spec})),
+    "what is called names": lambda spec: ("model", "optimizer_options", {"class_names": spec}),
 }
 
 
@@ -172,7 +177,7 @@ def beside(monkeypatch):
 
 
 def theirs(**options: Any) -> str | None:
-    return foreign_code({"class_path": f"{__name__}.Fork", "init_args": options})
+    return foreign_code(f"{__name__}.Fork", options)
 
 
 @pytest.mark.parametrize("name", ["loss", "activation", "kinds", "unknown"])
@@ -185,11 +190,11 @@ def test_a_text_where_the_argument_takes_code(beside, tmp_path, monkeypatch, nam
     ):
         assert theirs(**{name: text}) == text
         assert theirs(**{name: [{"a": text}]}) == text
-        assert foreign_code({"_class_path": f"{__name__}.Fork", name: text}) == text
+        assert foreign_code(Fork, {name: text}) == text
     for text in ("relu", "", "two words, and more", "50%: {", "resnet50.a1_in1k"):
         assert theirs(**{name: text}) is None
     assert theirs(**{name: f"{__name__}.Fork"}) is None
-    assert foreign_code({"class_path": f"{__name__}.Fork", "init_args": {name: "os.abc"}}, ["os.abc"]) is None
+    assert foreign_code(Fork, {name: "os.abc"}, ["os.abc"]) is None
 
 
 def test_a_text_where_the_argument_takes_a_text(beside, tmp_path, monkeypatch):
@@ -201,16 +206,95 @@ def test_a_text_where_the_argument_takes_a_text(beside, tmp_path, monkeypatch):
             theirs(backbone=text, optimizer=text, kind=text, paths={"a": text}, optimizer_options={"x": text}) is None
         )
         data = {"root": text, "val_annotations": text, "class_names": [text]}
-        assert foreign_code({"class_path": "awconv.data.COCODataModule", "init_args": data}) is None
+        assert foreign_code("awconv.data.COCODataModule", data) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{class_path: evil.X}",
+        "class_path: evil.X",
+        "class_path: evil.X\ninit_args:\n  a: 1",
+        '{"class_path":"evil.X"}',
+        r'{"class\x5fpath": evil.X}',
+        "{&a class_path: evil.X}",
+        "{? class_path : evil.X}",
+        "--- {class_path: evil.X}",
+        "[{class_path: evil.X}]",
+        "{a: [{class_path: evil.X}]}",
+        "{a: '{class_path: evil.X}'}",
+        "{class_path: evil.X, dict_kwargs: {date: 2001-99-99}}",
+        "!!map {class_path: evil.X}",
+        "{class_path: !!str evil.X}",
+        "{a: &b {class_path: evil.X}, c: *b}",
+        "evil.X",
+        "50%: {",
+        "!!timestamp foo",
+        "!!int ''",
+        "!!set {class_path: evil.X}",
+        "[" * 3000,
+    ],
+    ids=lambda text: text[:20],
+)
+@pytest.mark.parametrize("mode", ["yaml", MODE])
+def test_nothing_is_imported_that_was_not_seen(beside, tmp_path, monkeypatch, text, mode):
+    """The parser itself is the oracle: whatever it imports for a value must have been refused."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil.py").write_text("class X: pass\n")
+    values = {
+        "anything": (Any, text),
+        "options": (dict[str, Any], {"a": text}),
+        "below": (dict[str, Any], {"class_names": {"a": [text]}}),
+        "all": (dict[str, Any] | None, text),
+        "either": (bool | dict, {"a": text}),
+        "names": (list[str] | None, [text]),
+        "word": (str, text),
+    }
+    for name, (hint, value) in values.items():
+
+        class Taker:
+            def __init__(self, value: hint = None) -> None: ...
+
+        parser = jsonargparse.ArgumentParser(parser_mode=mode, exit_on_error=False)
+        parser.add_class_arguments(Taker, "model")
+        sys.modules.pop("evil", None)
+        with contextlib.suppress(jsonargparse.ArgumentError, AttributeError, IndexError):  # of what a tag claims
+            parser.parse_object(copy.deepcopy({"model": {"value": value}}))
+        if "evil" in sys.modules:
+            assert foreign_code(Taker, {"value": value}) == text, name
+    sys.modules.pop("evil", None)
+
+
+def test_a_type_that_cannot_be_looked_up():
+    class Later(ClassificationTask):
+        def __init__(self, backbone: "only_there.when.checked", optimizer: str = "", **kwargs: Any) -> None:  # noqa: F821
+            super().__init__("tiny")
+
+    assert foreign_code(ClassificationTask, {"backbone": "shutil.rmtree"}) is None
+    assert foreign_code(Later, {"backbone": "shutil.rmtree"}) == "shutil.rmtree"
+    assert foreign_code(Later, {"initial_weights": "shutil.rmtree"}) is None
+
+
+def test_programs_of_packages_are_not_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "train.py")])
+    package = tmp_path / "package_of_a_fork"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for name in ("__main__", "train"):
+        (package / f"{name}.py").write_text("raise SystemExit('it ran')")
+    for name in ("package_of_a_fork.__main__.main", "awconv.cli.__main__.main"):
+        assert foreign_code(name, {}) == name
+        assert foreign_code(Fork, {"loss": name}) == name
+    foreign_code("package_of_a_fork.train.Task", {})  # beside the script, and may be imported
 
 
 def test_a_class_that_was_typed_is_known_by_its_arguments():
     name = "torchvision.datasets.ImageFolder"
-    options = {"class_path": name, "init_args": {"root": str(Path(__file__).parent)}}
-    assert foreign_code(options) == name
-    assert foreign_code(options, [name]) is None
-    options["init_args"]["loader"] = "shutil.rmtree"
-    assert foreign_code(options, [name]) == "shutil.rmtree"
+    options = {"root": str(Path(__file__).parent)}
+    assert foreign_code(name, options) == name
+    assert foreign_code(name, options, [name]) is None
+    assert foreign_code(name, {**options, "loader": "shutil.rmtree"}, [name]) == "shutil.rmtree"
 
 
 def test_what_lies_beside_the_script(tmp_path, monkeypatch):
@@ -221,20 +305,20 @@ def test_what_lies_beside_the_script(tmp_path, monkeypatch):
     (tmp_path / "a_script.py").write_text(run)
     (tmp_path / "their_data/flowers").mkdir(parents=True)
     (tmp_path / "their_data/flowers/evil.py").write_text(run)
-    assert foreign_code({"class_path": "tasks_of_a_fork.Task"}) is None
+    assert foreign_code("tasks_of_a_fork.Task", {}) is None
     for name in (
         *("tasks_of_a_fork.shutil.rmtree", "tasks_of_a_fork.loads"),
         *("a_script.Task", "their_data.flowers.evil.X"),
     ):
-        assert foreign_code({"class_path": name}) == name
-        assert foreign_code({"class_path": "tasks_of_a_fork.Task", "init_args": {"x": name}}) == name
+        assert foreign_code(name, {}) == name
+        assert foreign_code("tasks_of_a_fork.Task", {"x": name}) == name
     monkeypatch.setattr(sys, "argv", ["elsewhere/train.py"])
-    assert foreign_code({"class_path": "tasks_of_a_fork.Task"}) == "tasks_of_a_fork.Task"
+    assert foreign_code("tasks_of_a_fork.Task", {}) == "tasks_of_a_fork.Task"
     # a notebook's script lies among the packages, and is not the user's
     monkeypatch.setattr(sys, "argv", [str(Path(sysconfig.get_path("purelib"), "ipykernel_launcher.py"))])
-    assert foreign_code({"class_path": "yaml.YAMLObject"}) == "yaml.YAMLObject"
+    assert foreign_code("yaml.YAMLObject", {}) == "yaml.YAMLObject"
     monkeypatch.chdir(tmp_path)
-    assert foreign_code({"class_path": "tasks_of_a_fork.Task"}) is None
+    assert foreign_code("tasks_of_a_fork.Task", {}) is None
 
 
 def test_legacy_names_of_hyperparameters(content, save, beside):
@@ -346,6 +430,11 @@ def test_nothing_is_fetched_or_looked_for_elsewhere_because_a_checkpoint_says_so
     refused(result, "--data.download true")
     with pytest.raises(InputError, match="download"):
         make_and_load(content, save, CIFAR10DataModule, {"root": str(tmp_path / "theirs"), "download": True})
+    theirs = content["config"]["data"]["init_args"]
+    for arguments in (theirs, {"root": str(tmp_path / "theirs"), "download": "true"}):
+        content["config"]["data"] |= {"init_args": {}, "dict_kwargs": arguments}
+        refused(cli("test", "--ckpt_path", save(content), f"--run_dir={tmp_path / 'run'}"), "--data.download true")
+    content["config"]["data"]["init_args"] = theirs
     address = r"\\host\share"
     content["config"]["data"]["init_args"]["root"] = address
     refused(cli("test", "--ckpt_path", save(content), f"--run_dir={tmp_path / 'run'}"), "another machine")
@@ -366,6 +455,10 @@ def test_no_limit_is_raised_by_a_checkpoint(content, save):
     content["datamodule_hyper_parameters"] |= {"max_image_pixels": 10**15, "num_workers": 10**7}
     data = DigitsDataModule.load_from_checkpoint(save(content))
     assert (data.max_image_pixels, data.num_workers) == (178_956_970, os.cpu_count())
+    for number, workers in (("1000000000000000", 0), ("99", 0), (math.inf, os.cpu_count()), (math.nan, os.cpu_count())):
+        content["datamodule_hyper_parameters"] |= {"max_image_pixels": number, "num_workers": number}
+        data = DigitsDataModule.load_from_checkpoint(save(content))
+        assert (data.max_image_pixels, data.num_workers) == (178_956_970, workers)
     content["datamodule_hyper_parameters"] |= {"max_image_pixels": 1000, "num_workers": 0}
     data = DigitsDataModule.load_from_checkpoint(save(content))
     assert (data.max_image_pixels, data.num_workers) == (1000, 0)
@@ -405,6 +498,7 @@ MISSHAPEN = {
     "without values": ({"state_dict": {"a": torch.ones(1, device="meta")}}, "without plain values"),
     "sparse": ({"state_dict": {"a": torch.ones(2, 2).to_sparse()}}, "without plain values"),
     "tensors among hyperparameters": ({"hyper_parameters": {"lr": torch.ones(1)}}, "hyper_parameters holds"),
+    "hyperparameters by number": ({"hyper_parameters": {5: "x"}}, "hyper_parameters holds"),
     "hyperparameters are a text": ({"hyper_parameters": "lr"}, "hyper_parameters is a str"),
     "epoch is a text": ({"epoch": "three"}, "epoch is a str"),
     "epoch is a truth": ({"epoch": True}, "epoch is a bool"),
@@ -536,8 +630,15 @@ def test_parts_that_no_run_writes(cli, content, save, tmp_path, path, value):
         {"model": {"class_path": 3}, "data": {"class_path": 4}},
         {"model": {"class_path": "a", "init_args": 3}, "data": {"class_path": "b"}},
         {"model": {"class_path": "a"}, "data": {"class_path": "b"}, "trainer": [1]},
+        {"model": {"class_path": "a", "init_args": {5: "x"}}, "data": {"class_path": "b"}},
+        {"model": {"class_path": "a"}, "data": {"class_path": "b", "dict_kwargs": "x"}},
+        {"model": {"class_path": "a", "init_args.lr": 1}, "data": {"class_path": "b"}},
+        {"model": {"class_path": "a"}, "data": {"class_path": "b"}, "trainer": {"logger.class_path": "WandbLogger"}},
     ],
-    ids=["text", "empty", "list", "no_data", "nulls", "numbers", "init_args", "trainer"],
+    ids=[
+        *("text", "empty", "list", "no_data", "nulls", "numbers", "init_args", "trainer"),
+        *("number", "kwargs", "dots", "dots_of_the_trainer"),
+    ],
 )
 def test_a_config_that_is_none(cli, content, save, config):
     content["config"] = config

@@ -14,7 +14,6 @@ import sysconfig
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -216,8 +215,8 @@ def what_no_run_writes(content: dict[Any, Any]) -> str:
         if any(isinstance(value, Tensor) and not is_plain(value) for value in _leaves(content.get(name))):
             return f"{name} holds a tensor without plain values"
     for name in (HPARAMS, DATA_HPARAMS, "position"):
-        if not _is_primitive(content.get(name)):
-            return f"{name} holds something else than numbers and texts"
+        if not _is_primitive(content.get(name)) or not _is_by_name(content.get(name, {})):
+            return f"{name} holds something else than numbers and texts by name"
     for name in ("callbacks", "loops"):
         for key, value in content.get(name, {}).items():
             if not isinstance(key, str) or not isinstance(value, dict):
@@ -277,15 +276,24 @@ def _is_primitive(value: Any) -> bool:
     return all(isinstance(leaf, _PRIMITIVES) for leaf in _leaves(value))
 
 
+def _is_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
 def _is_config(value: Any) -> bool:
     """Whether it is a config of this project: sections, with a class of data and one of a model."""
-    sections = [value.get(name) for name in ("data", "model")] if isinstance(value, dict) else [None]
-    return (
-        all(isinstance(s, dict) and isinstance(s.get("class_path"), str) for s in sections)
-        and all(isinstance(s.get("init_args") or {}, dict) for s in sections if s)
-        and all(isinstance(value.get(name) or {}, dict) for name in ("trainer", "checkpoint", "last_checkpoint"))
-        and _is_primitive(value)
-    )
+    if not _is_by_name(value) or not _is_primitive(value):
+        return False
+    for section in (value.get("data"), value.get("model")):
+        # the parser would take a name with dots for a path into the section
+        if not _is_by_name(section) or not section.keys() <= {"class_path", "init_args", "dict_kwargs"}:
+            return False
+        if not isinstance(section.get("class_path"), str):
+            return False
+        if not all(_is_by_name(section.get(name) or {}) for name in ("init_args", "dict_kwargs")):
+            return False
+    others = [value.get(name) or {} for name in ("trainer", "checkpoint", "last_checkpoint")]
+    return all(_is_by_name(section) and all(map(str.isidentifier, section)) for section in others)
 
 
 def _the_one_before(path: Path) -> str:
@@ -381,7 +389,7 @@ def _checked(source: Any, cls: type[ChecksCheckpoint], believed: bool) -> BytesI
     elif "_instantiator" in hparams:
         del hparams["_instantiator"]
     if not believed:
-        make_harmless(hparams, named, "trust_config=True", [str(path)], cls)
+        make_harmless(cls if path is None else str(path), hparams, named, "trust_config=True", [str(path)])
     # what Lightning took for hyperparameters once, and what it would make of them
     left_out = {"optimizer_states", "hparams", "module_arguments", "hparams_type", "datamodule_hparams_type"}
     if cls.CHECKPOINT_HYPER_PARAMS_KEY == DATA_HPARAMS:
@@ -400,73 +408,77 @@ _NEVER_IMPORTED = ("class_names", "category_ids", "_instantiator")
 
 
 def make_harmless(
-    options: dict[str, Any], named: str, how_to_trust: str, typed: Collection[str] = (), kind: type | None = None
+    kind: type | str,
+    arguments: dict[str, Any],
+    named: str,
+    how_to_trust: str,
+    typed: Collection[str] = (),
 ) -> None:
-    """Takes out of a task's or data module's options what a file that may be anyone's must not decide.
+    """Takes out of a task's or data module's arguments what a file that may be anyone's must not decide.
 
     It imports nothing but this project and modules beside the script that runs, fetches nothing, looks on no other
     machine, and raises no limit.
 
     Args:
-        options: Hyperparameters, or a section of a config with ``class_path`` and ``init_args``; changed in place.
+        kind: The class that takes them, or its dotted path.
+        arguments: Its arguments by name; changed in place.
         named: What named the file, for messages.
         how_to_trust: What the user gives to trust the file.
         typed: Texts that the user has given.
-        kind: The class that takes them, where they do not name it.
 
     Raises:
         InputError: If they name code from elsewhere, or a folder of another machine.
     """
     remedy = f"where you trust the file, give {how_to_trust}"
-    if foreign := foreign_code(options, typed, kind):
-        raise InputError(
-            f"{named} names {foreign[:200]}, which is neither of awconv nor beside the script that runs, and is not "
-            f"imported; {remedy}"
-        )
-    arguments = options.get("init_args") or {} if "class_path" in options else options
     # on Windows, to look there hands over the user's name and the hash of the password
-    remote = ("\\\\", "//") if sys.platform == "win32" else ("\\\\",)
+    remote = ("\\\\", "//", "\\/", "/\\") if sys.platform == "win32" else ("\\\\",)
     for name, value in arguments.items():
         for text in _texts(value):
             if name not in _NEVER_IMPORTED and text.startswith(remote) and text not in typed:
                 raise InputError(f"{named} names {text[:200]}, a folder of another machine; {remedy}")
+    if foreign := foreign_code(kind, arguments, typed):
+        raise InputError(
+            f"{named} names {foreign[:200]}, which is neither of awconv nor beside the script that runs, and is not "
+            f"imported; {remedy}"
+        )
     if "download" in arguments:
         arguments["download"] = False  # into a folder that the file names
-    workers = arguments.get("num_workers")
-    if isinstance(workers, int) and workers > (most := os.cpu_count() or 1):
-        arguments["num_workers"] = most
-    pixels = arguments.get("max_image_pixels")
-    if isinstance(pixels, int | float) and not pixels <= MAX_IMAGE_PIXELS:
-        del arguments["max_image_pixels"]
+    for name, most in (("num_workers", os.cpu_count() or 1), ("max_image_pixels", MAX_IMAGE_PIXELS)):
+        number = arguments.get(name)
+        if isinstance(number, int | float) and not number <= most:
+            arguments[name] = most
+        elif isinstance(number, str):  # of which the parser makes a number
+            del arguments[name]
 
 
-def foreign_code(options: Mapping[str, Any], typed: Collection[str] = (), kind: type | None = None) -> str | None:
-    """Finds what options would import that is neither this project's nor beside the script that runs.
+def foreign_code(kind: type | str, arguments: Mapping[str, Any], typed: Collection[str] = ()) -> str | None:
+    """Finds what would be imported for a class and its arguments that is neither this project's nor beside the script.
 
     Args:
-        options: Hyperparameters, or a section of a config with ``class_path`` and ``init_args``.
+        kind: The class, or its dotted path.
+        arguments: Its arguments by name.
         typed: Dotted paths that the user has given.
-        kind: The class that takes them, where they do not name it.
 
     Returns:
-        The first dotted path of a class or function from elsewhere; None if there is none.
+        The dotted path of a class or function from elsewhere, or the text that may name one; None if there is none.
     """
-    for path in _class_paths(options):
+    for path in _class_paths([{"class_path": kind}, arguments]):
         if path not in typed and not _is_believed(path):
             return path
-    name = str(options.get("class_path") or options.get("_class_path"))
-    arguments = options
-    if "class_path" in options:
-        arguments = {**(options.get("init_args") or {}), **(options.get("dict_kwargs") or {})}
-    if "." in name and (name in typed or _is_ours(name.partition(".")[0])):
-        kind = _resolve(name)
-    hints = _hints(kind)
+    hints = _hints(_resolve(kind) if isinstance(kind, str) else kind)
     for name, value in arguments.items():
-        # a text names a class or a function where the argument takes one
-        if name.startswith("_") or name in _NEVER_IMPORTED or not _takes_code(hints.get(name, type)):
+        if name.startswith("_") or name in _NEVER_IMPORTED:
+            continue
+        # a text names a class or a function where the argument takes one, and is parsed where it takes anything
+        hint = hints.get(name, type)
+        if _takes(hint, lambda kind: kind not in _PLAIN and kind not in _FREE):
+            is_harmless = _is_harmless
+        elif _takes(hint, _FREE.__contains__):
+            is_harmless = _is_one_value
+        else:
             continue
         for text in _texts(value):
-            if text not in typed and not _is_harmless(text):
+            if text not in typed and not is_harmless(text):
                 return text
     return None
 
@@ -474,16 +486,24 @@ def foreign_code(options: Mapping[str, Any], typed: Collection[str] = (), kind: 
 def _is_harmless(text: str) -> bool:
     """Whether a text names nothing that would be imported or read from a file or an address, or what is ours."""
     try:
-        if "://" in text or isinstance(yaml.safe_load(text), dict | list) or (text.strip() and Path(text).exists()):
+        if "://" in text or not _is_one_value(text) or (text.strip() and Path(text).exists()):
             return False
-    except yaml.YAMLError:  # nor does the parser make anything of it
-        pass
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
     root = text.partition(".")[0]
     if "." not in text or not all(map(str.isidentifier, text.split("."))) or _spec(root) is None:
         return True
     return _is_ours(root) and _has(text) and _is_defined_by_us(_resolve(text, load=root == "awconv"))
+
+
+def _is_one_value(text: str) -> bool:
+    """Whether no parser of YAML makes a mapping or a list of a text, which could name a class."""
+    try:
+        return not isinstance(yaml.compose(text, yaml.SafeLoader), yaml.CollectionNode)
+    except yaml.YAMLError:  # no parser makes anything of it
+        return True
+    except RecursionError:
+        return False
 
 
 def _class_paths(value: Any) -> Iterator[str]:
@@ -492,7 +512,7 @@ def _class_paths(value: Any) -> Iterator[str]:
             if key in ("class_path", "_class_path") and isinstance(inner, str):
                 if "." in inner:  # others are looked for among what has been imported
                     yield inner
-            elif key not in _NEVER_IMPORTED:
+            else:
                 yield from _class_paths(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
@@ -511,23 +531,28 @@ def _hints(cls: Any) -> dict[str, Any]:
     """The types of the arguments of a class, its ancestors' among them, to which it may pass them on."""
     hints: dict[str, Any] = {}
     for ancestor in reversed(getattr(cls, "__mro__", ())):
-        with suppress(Exception):  # annotations may name what is not there
-            init = vars(ancestor).get("__init__")
-            hints |= {**dict.fromkeys(inspect.signature(init).parameters, Any), **get_type_hints(init)}
+        init = vars(ancestor).get("__init__")
+        names = inspect.signature(init).parameters if inspect.isfunction(init) else {}
+        try:
+            hints |= {**dict.fromkeys(names, Any), **(get_type_hints(init) if names else {})}
+        except Exception:  # an annotation that names what is not there: it may mean anything
+            hints |= dict.fromkeys(names, type)
     return hints
 
 
-_PLAIN = (str, int, float, bool, bytes, type(None), Any, object, Path, PathLike, dict, list, tuple, set)
+_PLAIN = (str, int, float, bool, bytes, type(None), Path, PathLike)
+# of which the parser takes any value
+_FREE = (Any, object, dict, list, tuple, set)
 
 
-def _takes_code(hint: Any) -> bool:
-    """Whether an argument of that type may be a class, a function, or an object that a class is named for."""
+def _takes(hint: Any, is_kind: Callable[[Any], bool]) -> bool:
+    """Whether an argument of that type takes, or holds, a value of such a kind."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return False
     if inner and origin is not type and origin is not Callable:
-        return any(_takes_code(part) for part in inner if part is not ...)
-    return hint not in _PLAIN
+        return any(_takes(part, is_kind) for part in inner if part is not ...)
+    return is_kind(hint)
 
 
 def _is_believed(name: str) -> bool:
@@ -545,7 +570,9 @@ def _is_defined_by_us(found: Any) -> bool:
 
 def _has(name: str) -> bool:
     """Whether a single file has what is named in it, as far as can be seen without running it: it may be a script."""
-    root, first, *_ = name.split(".")
+    root, first, *others = name.split(".")
+    if "__main__" in (first, *others):  # which runs a program
+        return False
     spec = _spec(root)
     if root in sys.modules or spec is None or spec.submodule_search_locations is not None:
         return True
@@ -567,7 +594,7 @@ def _resolve(name: str, load: bool = True) -> Any:
             found: Any = import_module(module) if load else sys.modules[module]
             for part in parts[length:]:
                 found = getattr(found, part)
-        except Exception:  # modules raise what they like
+        except (Exception, SystemExit):  # modules raise what they like
             continue
         return found
     return None

@@ -560,6 +560,76 @@ def test_resuming_with_another_kind_of_state_is_refused(tmp_path, change):
         resumed_optimizer(tmp_path, {}, change)
 
 
+class OwnOptimizer(TinyTask):
+    """Optimises in one group, with an optimiser that has no name here."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.5)
+
+
+class OwnGroups(TinyTask):
+    """Learns at a rate of its own in each layer."""
+
+    def _build_optimizer(self):
+        return torch.optim.Adam([{"params": [p], "lr": 0.1 / k} for k, p in enumerate(self.parameters(), 1)])
+
+
+@pytest.mark.parametrize("kind", [OwnOptimizer, OwnGroups])
+def test_a_fork_with_an_optimiser_of_its_own_resumes(tmp_path, kind):
+    whole, begun, resumed = Order(), Order(stop_after=10), Order()
+    saving = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    for callbacks in ([whole], [begun, saving]):
+        torch.manual_seed(0)
+        trainer(tmp_path, *callbacks).fit(kind("tiny", num_classes=CLASSES), Data())
+    run = trainer(tmp_path, resumed)
+    run.fit(kind("tiny", num_classes=CLASSES), Data(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert len(resumed.weights) == 10
+    torch.testing.assert_close(resumed.weights, whole.weights[10:], rtol=0, atol=0)
+
+
+OPTIMIZERS = ["sgd", "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "rprop", "asgd"]
+OPTIMIZERS.append("adafactor")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimiser_resumes(tmp_path, name):
+    order, _ = resumed_optimizer(tmp_path, {"optimizer": name}, {"optimizer": name})
+    assert len(order.weights) == 10
+
+
+UNFIT = {
+    "a moment is missing": lambda state: state["state"][0].pop("exp_avg"),
+    "a moment is nothing": lambda state: state["state"][0].update(exp_avg=None),
+    "a moment of another shape": lambda state: state["state"][0].update(exp_avg_sq=torch.ones(7)),
+    "no step": lambda state: state["state"][0].pop("step"),
+    "the step is a text": lambda state: state["state"][0].update(step="x"),
+    "many steps": lambda state: state["state"][0].update(step=torch.ones(3)),
+    "an option is missing": lambda state: state["param_groups"][0].pop("betas"),
+    "an option too short": lambda state: state["param_groups"][1].update(betas=(0.9,)),
+    "an option is nothing": lambda state: state["param_groups"][1].update(eps=None),
+    "a state of nothing": lambda state: state["state"].update({99: {}}),
+    "a state that is none": lambda state: state["state"].update({0: 3}),
+    "no numbers": lambda state: state["param_groups"][0]["params"].__setitem__(0, [1]),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_state_that_no_optimiser_goes_on_from(tmp_path, case):
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, checkpoint, max_epochs=1).fit(task(optimizer="adamw"), Data())
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    UNFIT[case](content["optimizer_states"][0])
+    torch.save(content, tmp_path / "unfit.ckpt")
+    with pytest.raises(InputError, match=r"adamw cannot go on from its state in the checkpoint \(.+initial_weights"):
+        trainer(tmp_path).fit(task(optimizer="adamw"), Data(), ckpt_path=tmp_path / "unfit.ckpt", weights_only=True)
+
+
+def test_options_that_need_another_state(tmp_path):
+    before = {"optimizer": "rmsprop"}
+    with pytest.raises(InputError, match=r"KeyError: 'momentum_buffer'.*optimizer_options of that run"):
+        resumed_optimizer(tmp_path, before, before | {"optimizer_options": {"momentum": 0.9}})
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 

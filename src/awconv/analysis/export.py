@@ -541,7 +541,8 @@ def _read(path: Path, believed: bool) -> dict[str, Any]:
         )
     if not believed:
         for key in keys:
-            make_harmless(content[key], f"CHECKPOINT={str(path)!r}", "--trust-checkpoint-config")
+            kind = str(_class_path(content, key))
+            make_harmless(kind, content[key], f"CHECKPOINT={str(path)!r}", "--trust-checkpoint-config")
     return content
 
 

@@ -240,9 +240,10 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
     if "initial_weights" in model:
         model["initial_weights"] = None  # they are in the checkpoint
     if not typed.believed:
-        for section in ("data", "model"):
-            named = f"ckpt_path={str(path)!r}: its config"
-            make_harmless(config[section], named, "--trust_checkpoint_config true", set(typed.texts()))
+        named, texts = f"ckpt_path={str(path)!r}: its config", set(typed.texts())
+        for section in (config["data"], config["model"]):
+            for arguments in (section.get("init_args") or {}, section.get("dict_kwargs") or {}):
+                make_harmless(section["class_path"], arguments, named, "--trust_checkpoint_config true", texts)
     for name in ("class_names", "category_ids"):
         if name in data:
             # the classes that the network knows: pictures can be predicted where the data set itself is not

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -319,6 +320,13 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
             return
         if "state_dict" in checkpoint:  # a strategy that shards has taken it out, and loaded it
             self._require_fit(checkpoint["state_dict"])  # the cause, where the optimiser's state is but a symptom
+        own = type(self)
+        if (own.configure_optimizers, own._build_optimizer) != (
+            BaseTask.configure_optimizers,
+            BaseTask._build_optimizer,
+        ):
+            self._resumed_from = checkpoint.get("position")  # of optimisers of its own nothing is known
+            return
         now = self.hparams
         optimizer, schedule = str(saved["optimizer"]), str(saved.get("lr_schedule"))
         if optimizer.lower() != now["optimizer"].lower() or (schedule == "onecycle") != (
@@ -338,11 +346,6 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
                     "something else is frozen; set norm and trainable_stages as they were, or start afresh from its "
                     "weights with model.initial_weights"
                 )
-        if wrong := _unfit_state(states, [p for group in self._learning_parameters() for p in group], optimizer):
-            raise InputError(
-                f"the checkpoint's state of {optimizer} is not one that it writes ({wrong}); start from its weights "
-                "with --model.initial_weights"
-            )
         decays = (now["weight_decay"], now["weight_decay"] if now["decay_norm_and_bias"] else 0.0)
         for state in states:
             for group, decay in zip(state["param_groups"], decays, strict=True):
@@ -351,6 +354,13 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
                 # how a step is computed is this run's affair, and its device's
                 how = {"fused": True if self._may_be_fused() else None, "foreach": None}
                 group.update({k: v for k, v in {**how, **self._optimizer_options}.items() if k in group})
+        parameters = [parameter for group in self._learning_parameters() for parameter in group]
+        for state in states:
+            if wrong := _what_hinders_a_step(_OPTIMIZERS[optimizer.lower()], state, parameters):
+                raise InputError(
+                    f"{optimizer} cannot go on from its state in the checkpoint ({wrong[:200]}); give the "
+                    "model.optimizer_options of that run, or start afresh from its weights with model.initial_weights"
+                )
         self._resumed_from = checkpoint.get("position")
 
     def _position(self) -> dict[str, float]:
@@ -424,33 +434,32 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
             )
 
 
-# what torch's optimisers keep for each number of a parameter
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg", "acc_delta", "sum")
+_BUILDS_THE_OPTIMIZER = ("configure_optimizers", "_build_optimizer")
 
 
-def _unfit_state(states: list[dict[str, Any]], parameters: list[nn.Parameter], optimizer: str) -> str:
-    """Says what torch would take over from an optimiser's state, and fail on at the next step; empty if nothing."""
-    usual = inspect.signature(_OPTIMIZERS[optimizer.lower()]).parameters
-    for state in states:
-        for group in state["param_groups"]:
-            for name, value in group.items():
-                default = usual[name].default if name in usual else None
-                parts = value if isinstance(value, list | tuple) else [value]
-                sound = all(part is None or isinstance(part, int | float | Tensor) for part in parts)
-                alike = isinstance(value, list | tuple) == isinstance(default, tuple)
-                if name != "params" and not (sound and alike):
-                    return f"{str(name)[:40]} is {str(value)[:40]}"
-        numbers = [number for group in state["param_groups"] for number in group["params"]]
-        if not all(isinstance(number, int | str) for number in numbers):
-            return f"params is {str(numbers)[:40]}"
-        of = dict(zip(numbers, parameters, strict=True))
-        for number, kept in state["state"].items():
-            if number not in of or not isinstance(kept, dict):
-                return f"there is no parameter {str(number)[:40]}"
-            for name in _MOMENTS:
-                shape = getattr(kept.get(name), "shape", None)
-                if kept.get(name) is not None and shape != of[number].shape:
-                    return f"{name} of parameter {number} does not have the parameter's shape"
+def _what_hinders_a_step(optimizer: type[Optimizer], state: dict[str, Any], parameters: list[nn.Parameter]) -> str:
+    """Tries a step with the state of each parameter, alone and on the CPU; empty if an optimiser can go on from it."""
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if not all(isinstance(number, int | str) for number in numbers):
+        return f"params is {str(numbers)[:40]}"
+    if strange := state["state"].keys() - set(numbers):
+        return f"there is no parameter {str(strange.pop())[:40]}"
+    shapes = iter(parameters)
+    for group in state["param_groups"]:
+        # how a step is computed changes nothing of what it needs
+        usual = {"fused": None, "foreach": None, "capturable": False, "differentiable": False}
+        options: dict[str, Any] = {**group, **{k: v for k, v in usual.items() if k in group}, "params": [0]}
+        for number in group["params"]:
+            like = next(shapes)
+            parameter = nn.Parameter(torch.zeros(like.shape, dtype=like.dtype))
+            parameter.grad = torch.zeros_like(parameter)
+            kept = {0: state["state"][number]} if number in state["state"] else {}
+            try:
+                trial = optimizer([parameter], lr=1.0)  # type: ignore[call-arg]
+                trial.load_state_dict(deepcopy({"state": kept, "param_groups": [options]}))
+                trial.step()
+            except Exception as error:  # a damaged state may fail on anything
+                return f"{type(error).__name__}: {error}"
     return ""
 
 
