@@ -11,7 +11,16 @@ logging.getLogger("matplotlib").addFilter(
 
 # For every parser of this process: a class_path in an argument that takes anything stays data, whoever wrote it.
 # Giving the lists, empty as they are, makes jsonargparse refuse what is on its list of dangerous imports (os, pickle).
-with suppress(ImportError):  # layers and models do without it
-    from jsonargparse import set_parsing_settings
+with suppress(ModuleNotFoundError):  # layers do without it
+    import jsonargparse
+    from jsonargparse import _typehints
 
-    set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[], import_path_allowlist=[])
+    jsonargparse.set_parsing_settings(
+        instantiate_subclass_spec_in_any=False, import_path_denylist=[], import_path_allowlist=[]
+    )
+    # when it parses, it imports the class, and what the arguments of that class name
+    if not hasattr(_typehints, "adapt_classes_any"):
+        raise ImportError(
+            f"awconv does not know jsonargparse {jsonargparse.__version__}; install what it is tested with"
+        )
+    _typehints.adapt_classes_any = lambda value, *_, **__: value

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
+from jsonargparse import ArgumentError
 from torch import Tensor
 
 from awconv.errors import InputError
@@ -353,11 +353,24 @@ class ChecksCheckpoint:
                 the script that runs.
         """
         load: Any = super()
+        named = "checkpoint_path" if hasattr(checkpoint_path, "read") else f"checkpoint_path={str(checkpoint_path)!r}"
         if weights_only is not False:
             checkpoint_path = _checked(checkpoint_path, cls, trust_config)
-        loaded: Self = load.load_from_checkpoint(
-            checkpoint_path, *args, weights_only=weights_only is not False, **kwargs
-        )
+        try:
+            loaded: Self = load.load_from_checkpoint(
+                checkpoint_path, *args, weights_only=weights_only is not False, **kwargs
+            )
+        except (ArgumentError, ValueError) as error:
+            # the parser says what it is for the class, and that there being none will not do either
+            said = re.search(
+                r"Errors:\s+- (?:Problem with given class_path '[^']*':)?(.*)- Expected a <class 'NoneType'>\n",
+                str(error),
+                re.DOTALL,
+            )
+            if said is None:
+                raise
+            cause = " ".join(said[1].split())[:300]
+            raise InputError(f"{named} cannot be rebuilt from its hyperparameters ({cause})") from error
         return loaded
 
 
@@ -443,6 +456,8 @@ def make_harmless(
         )
     if "download" in arguments:
         arguments["download"] = False  # into a folder that the file names
+    if "initial_weights" in arguments:
+        arguments["initial_weights"] = None  # they are in the checkpoint, and would be fetched
     for name, most in (("num_workers", os.cpu_count() or 1), ("max_image_pixels", MAX_IMAGE_PIXELS)):
         number = arguments.get(name)
         if isinstance(number, int | float) and not number <= most:
@@ -460,33 +475,30 @@ def foreign_code(kind: type | str, arguments: Mapping[str, Any], typed: Collecti
         typed: Dotted paths that the user has given.
 
     Returns:
-        The dotted path of a class or function from elsewhere, or the text that may name one; None if there is none.
+        The dotted path of a class or function from elsewhere; None if there is none.
     """
     for path in _class_paths([{"class_path": kind}, arguments]):
         if path not in typed and not _is_believed(path):
             return path
     hints = _hints(_resolve(kind) if isinstance(kind, str) else kind)
     for name, value in arguments.items():
-        if name.startswith("_") or name in _NEVER_IMPORTED:
-            continue
-        # a text names a class or a function where the argument takes one, and is parsed where it takes anything
-        hint = hints.get(name, type)
-        if _takes(hint, lambda kind: kind not in _PLAIN and kind not in _FREE):
-            is_harmless = _is_harmless
-        elif _takes(hint, _FREE.__contains__):
-            is_harmless = _is_one_value
-        else:
+        # a text names a class or a function where the argument takes one
+        if name.startswith("_") or name in _NEVER_IMPORTED or not _takes_code(hints.get(name, type)):
             continue
         for text in _texts(value):
-            if text not in typed and not is_harmless(text):
+            if text not in typed and not _is_harmless(text):
                 return text
     return None
+
+
+# neither a mapping nor a list in YAML, whose parsers differ in what they let pass, nor an address, nor a home folder
+_WORDS = re.compile(r"(?!\s*-)[\w .,/\\()+=<>%-]*")
 
 
 def _is_harmless(text: str) -> bool:
     """Whether a text names nothing that would be imported or read from a file or an address, or what is ours."""
     try:
-        if "://" in text or not _is_one_value(text) or (text.strip() and Path(text).exists()):
+        if not _WORDS.fullmatch(text) or (text.strip() and Path(text).exists()):
             return False
     except (OSError, ValueError):
         return False
@@ -494,16 +506,6 @@ def _is_harmless(text: str) -> bool:
     if "." not in text or not all(map(str.isidentifier, text.split("."))) or _spec(root) is None:
         return True
     return _is_ours(root) and _has(text) and _is_defined_by_us(_resolve(text, load=root == "awconv"))
-
-
-def _is_one_value(text: str) -> bool:
-    """Whether no parser of YAML makes a mapping or a list of a text, which could name a class."""
-    try:
-        return not isinstance(yaml.compose(text, yaml.SafeLoader), yaml.CollectionNode)
-    except yaml.YAMLError:  # no parser makes anything of it
-        return True
-    except RecursionError:
-        return False
 
 
 def _class_paths(value: Any) -> Iterator[str]:
@@ -540,19 +542,17 @@ def _hints(cls: Any) -> dict[str, Any]:
     return hints
 
 
-_PLAIN = (str, int, float, bool, bytes, type(None), Path, PathLike)
-# of which the parser takes any value
-_FREE = (Any, object, dict, list, tuple, set)
+_PLAIN = (str, int, float, bool, bytes, type(None), Any, object, Path, PathLike, dict, list, tuple, set)
 
 
-def _takes(hint: Any, is_kind: Callable[[Any], bool]) -> bool:
-    """Whether an argument of that type takes, or holds, a value of such a kind."""
+def _takes_code(hint: Any) -> bool:
+    """Whether an argument of that type may be a class, a function, or an object that a class is named for."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return False
     if inner and origin is not type and origin is not Callable:
-        return any(_takes(part, is_kind) for part in inner if part is not ...)
-    return is_kind(hint)
+        return any(_takes_code(part) for part in inner if part is not ...)
+    return hint not in _PLAIN
 
 
 def _is_believed(name: str) -> bool:

@@ -503,7 +503,7 @@ def foreign(**changes):
         (foreign(hyper_parameters={"_class_path": "os.path.join"}), ["os.path.join", "no class"]),
         (foreign(hyper_parameters={"_class_path": "subprocess.Popen"}), ["Popen is no ClassificationTask"]),
         (foreign(datamodule_hyper_parameters={"_class_path": "json.JSONDecoder"}), ["JSONDecoder is no Classific"]),
-        (foreign(), ["cannot be rebuilt"]),
+        (foreign(), ["cannot be rebuilt", "arguments are required: backbone)"]),
     ],
     ids=[
         "text",

@@ -624,6 +624,18 @@ def test_a_state_that_no_optimiser_goes_on_from(tmp_path, case):
         trainer(tmp_path).fit(task(optimizer="adamw"), Data(), ckpt_path=tmp_path / "unfit.ckpt", weights_only=True)
 
 
+def test_a_state_of_another_device_is_gone_on_from(tmp_path):
+    checkpoint = L.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, checkpoint, max_epochs=1).fit(task(optimizer="adamw"), Data())
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    for group in content["optimizer_states"][0]["param_groups"]:
+        group.update(capturable=True, foreach=True, fused=True, differentiable=True)
+    torch.save(content, tmp_path / "cuda.ckpt")
+    order = Order()
+    trainer(tmp_path, order).fit(task(optimizer="adamw"), Data(), ckpt_path=tmp_path / "cuda.ckpt", weights_only=True)
+    assert len(order.weights) == 15
+
+
 def test_options_that_need_another_state(tmp_path):
     before = {"optimizer": "rmsprop"}
     with pytest.raises(InputError, match=r"KeyError: 'momentum_buffer'.*optimizer_options of that run"):

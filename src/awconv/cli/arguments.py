@@ -234,18 +234,19 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
             config = _without_what_acts(config, path, typed)
     else:
         config = {key: config[key] for key in ("seed_everything", "data", "model") if key in config}
-    model, data = (config[section].get("init_args") or {} for section in ("model", "data"))
-    if "check_images" not in data and data.get("on_bad_image") == "stop":
-        data["on_bad_image"] = None  # version 0.1.0 had no other default
-    if "initial_weights" in model:
-        model["initial_weights"] = None  # they are in the checkpoint
+    parts = {name: [config[name].get(key) or {} for key in ("init_args", "dict_kwargs")] for name in ("model", "data")}
+    for data in parts["data"]:
+        if "check_images" not in data and data.get("on_bad_image") == "stop":
+            data["on_bad_image"] = None  # version 0.1.0 had no other default
+    for model in parts["model"]:
+        if "initial_weights" in model:
+            model["initial_weights"] = None  # they are in the checkpoint
     if not typed.believed:
         named, texts = f"ckpt_path={str(path)!r}: its config", set(typed.texts())
-        for section in (config["data"], config["model"]):
-            for arguments in (section.get("init_args") or {}, section.get("dict_kwargs") or {}):
-                make_harmless(section["class_path"], arguments, named, "--trust_checkpoint_config true", texts)
-    for name in ("class_names", "category_ids"):
-        if name in data:
+        for section, arguments in ((name, part) for name, both in parts.items() for part in both):
+            make_harmless(config[section]["class_path"], arguments, named, "--trust_checkpoint_config true", texts)
+    for data in parts["data"]:
+        for name in {"class_names", "category_ids"} & data.keys():
             # the classes that the network knows: pictures can be predicted where the data set itself is not
             data[name] = checkpoint.get("hyper_parameters", {}).get(name)
     return config_text.dump(config)

@@ -118,22 +118,28 @@ class BaseDataModule(ChecksCheckpoint, LightningDataModule):
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in the order of their indices."""
-        raise NotImplementedError(f"{type(self).__name__} has to define class_names")
+        raise self._lacking("class_names")
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
+    def _lacking(self, what: str) -> Exception:
+        name = type(self).__name__
+        if type(self).__module__.startswith("awconv."):
+            return InputError(f"{name} is a base for data modules of your own, and has no data; name one that has")
+        return NotImplementedError(f"{name} has to define {what}")
+
     # ---- what the base class of a task supplies
 
     def load_split(self, split: Split) -> MapDataset:
         """Return one split as a map-style data set of (picture, target), transformed."""
-        raise NotImplementedError(f"{type(self).__name__} has to define load_split(split)")
+        raise self._lacking("load_split(split)")
 
     def predict_transform(self) -> Transform:
         """What happens to a picture of `predict_dir`, a uint8 tensor (3, H, W)."""
-        raise NotImplementedError(f"{type(self).__name__} has to define predict_transform()")
+        raise self._lacking("predict_transform()")
 
     @staticmethod
     def collate(samples: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -138,7 +138,7 @@ class ClassificationDataModule(BaseDataModule):
 
     def load(self, split: Split, transform: Transform) -> MapDataset:
         """Return one split as a map-style data set of (``transform(picture)``, class index)."""
-        raise NotImplementedError(f"{type(self).__name__} has to define load(split, transform)")
+        raise self._lacking("load(split, transform)")
 
     def load_split(self, split: Split) -> MapDataset:
         """Return one split with its transform; see :meth:`load`."""

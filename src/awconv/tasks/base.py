@@ -352,7 +352,7 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
                 if "weight_decay" in group:
                     group["weight_decay"] = decay
                 # how a step is computed is this run's affair, and its device's
-                how = {"fused": True if self._may_be_fused() else None, "foreach": None}
+                how = {**_USUAL_STEP, "fused": True if self._may_be_fused() else None}
                 group.update({k: v for k, v in {**how, **self._optimizer_options}.items() if k in group})
         parameters = [parameter for group in self._learning_parameters() for parameter in group]
         for state in states:
@@ -434,6 +434,7 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
             )
 
 
+_USUAL_STEP = {"fused": None, "foreach": None, "capturable": False, "differentiable": False}
 _BUILDS_THE_OPTIMIZER = ("configure_optimizers", "_build_optimizer")
 
 
@@ -447,8 +448,7 @@ def _what_hinders_a_step(optimizer: type[Optimizer], state: dict[str, Any], para
     shapes = iter(parameters)
     for group in state["param_groups"]:
         # how a step is computed changes nothing of what it needs
-        usual = {"fused": None, "foreach": None, "capturable": False, "differentiable": False}
-        options: dict[str, Any] = {**group, **{k: v for k, v in usual.items() if k in group}, "params": [0]}
+        options: dict[str, Any] = {**group, **{k: v for k, v in _USUAL_STEP.items() if k in group}, "params": [0]}
         for number in group["params"]:
             like = next(shapes)
             parameter = nn.Parameter(torch.zeros(like.shape, dtype=like.dtype))
