@@ -14,6 +14,7 @@ import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from awconv.callbacks import CheckpointFiles, MetricsFile
-from awconv.checkpoint import foreign_code, read_checkpoint, read_tensors
+from awconv.checkpoint import foreign_code, make_harmless, read_checkpoint, read_tensors
 from awconv.cli.arguments import complete
 from awconv.config_text import MODE
 from awconv.data import CIFAR10DataModule, DigitsDataModule
@@ -275,10 +276,75 @@ def test_nothing_is_imported_that_was_not_seen(beside, tmp_path, monkeypatch, va
                 assert foreign_code(Taker, {"value": given}), hint
 
 
+def takes(optimizer: Callable[..., Any] | None = None) -> None:
+    """Takes what the task's own argument of that name does not."""
+
+
+class PassesOn(ClassificationTask):
+    def __init__(self, **kwargs: Any) -> None:
+        takes(**kwargs)
+
+
+IDENTITY, PART = nn.Identity(), partial(int)
+
+
+class Untyped(ClassificationTask):
+    def __init__(self, *, act=nn.ReLU, fn=nn.functional.relu, made=IDENTITY, part=PART, size=3, **kwargs):
+        super().__init__("tiny", **kwargs)
+
+
+def test_types_are_those_that_the_parser_finds():
+    assert foreign_code(PassesOn, {"optimizer": "shutil.rmtree"}) == "shutil.rmtree"
+    for name in ("act", "fn", "made", "part"):
+        assert foreign_code(Untyped, {name: "shutil.rmtree"}) == "shutil.rmtree"
+    assert foreign_code(Untyped, {"size": "shutil.rmtree", "optimizer": "shutil.rmtree"}) is None
+
+
+def test_a_class_that_the_user_gives_takes_the_arguments_over(cli, content, save, tmp_path, beside):
+    assert foreign_code(ClassificationTask, {"optimizer": "shutil.rmtree"}) is None
+    for name in (f"{__name__}.PassesOn", "PassesOn"):
+        assert foreign_code(ClassificationTask, {"optimizer": "shutil.rmtree"}, [], [name]) == "shutil.rmtree"
+    content["config"]["model"]["init_args"]["optimizer"] = "shutil.rmtree"
+    path, config = save(content), tmp_path / "mine.yaml"
+    for model in ("PassesOn", "{class_path: PassesOn}"):
+        config.write_text(f"model: {model}")
+        for typed in ([f"--model={model}"], ["--model", model], ["-c", config]):
+            result = cli("test", "--ckpt_path", path, *typed, f"--run_dir={tmp_path / 'run'}")
+            refused(result, "names shutil.rmtree", "--trust_checkpoint_config")
+    refused(cli("test", "--ckpt_path", path, "--model.class_path=PassesOn"), "names shutil.rmtree")
+
+
+def test_names_of_what_was_imported(beside):
+    for name in ("ReLU", "Identity"):
+        assert theirs(loss=name) == theirs(loss={"class_path": name}) == name
+        assert theirs(unknown={"class_path": name}) == theirs(optimizer_options={"class_path": name}) == name
+    assert theirs(loss="relu", activation="ReLU", unknown="ReLU", optimizer_options={"x": "ReLU"}) is None
+    assert theirs(loss={"class_path": f"{__name__}.Fork", "init_args": {"loss": "ReLU"}}) == "ReLU"
+    assert theirs(loss={"class_path": f"{__name__}.Fork", "init_args": {"backbone": "os.path", "kind": "a"}}) is None
+    assert theirs(note={"class_path": f"{__name__}.Fork", "init_args": {"note": "os.path"}}) == "os.path"
+    for text in ("(shutil.rmtree)", "int, shutil.rmtree", "list(\uff53hutil.rmtree)", "shutil . rmtree"):
+        assert theirs(kinds=text) == text
+
+
+def test_limits_hold_for_what_is_within(beside):
+    inner = {"download": True, "num_workers": 5000, "max_image_pixels": 10**12, "root": str(Path(__file__).parent)}
+    options = {"loss": [{"class_path": f"{__name__}.Fork", "init_args": {"backbone": "a"}, "dict_kwargs": inner}]}
+    with pytest.raises(InputError, match="names"):  # it does not know such arguments, one of which is a folder
+        make_harmless(Fork, options, "it", "trust")
+    inner["root"] = "elsewhere"
+    make_harmless(Fork, options, "it", "trust")
+    assert inner == {
+        "download": False,
+        "num_workers": os.cpu_count(),
+        "max_image_pixels": 178_956_970,
+        "root": "elsewhere",
+    }
+
+
 def test_a_type_that_cannot_be_looked_up():
     class Later(ClassificationTask):
         def __init__(self, backbone: "only_there.when.checked", optimizer: str = "", **kwargs: Any) -> None:  # noqa: F821
-            super().__init__("tiny")
+            super().__init__("tiny", **kwargs)
 
     assert foreign_code(ClassificationTask, {"backbone": "shutil.rmtree"}) is None
     assert foreign_code(Later, {"backbone": "shutil.rmtree"}) == "shutil.rmtree"
@@ -413,6 +479,25 @@ def test_the_numbers_of_the_trainer_are_taken(cli, content, save, tmp_path):
         "bf16-mixed",
     ]
     assert config["seed_everything"] == 7
+
+
+def test_what_a_finder_found_and_how_many_processes(cli, content, save, tmp_path):
+    finder = {"class_path": "x.LearningRateFinder", "init_args": {"attr_name": "lr\x1b]0;owned\x07"}}
+    content["config"]["trainer"] |= {"callbacks": [finder], "devices": "5000", "num_nodes": 5000}
+    content["hyper_parameters"]["lr\x1b]0;owned\x07"] = 0.5
+    options = [*SHORT, "--trainer.max_epochs=2", f"--run_dir={tmp_path / 'run'}"]
+    code, _, err = cli("fit", "--ckpt_path", save(content), *options)
+    assert code == 0, err
+    assert "\x1b" not in err
+    assert "trainer.devices, trainer.num_nodes" in err
+
+
+@pytest.mark.parametrize("state", [{"n_averaged": torch.zeros(3)}, {"other": torch.zeros(())}])
+def test_an_average_of_something_else(cli, content, save, tmp_path, state):
+    content |= {"current_model_state": dict(content["state_dict"]), "averaging_state": state}
+    content["config"]["model"]["init_args"]["ema_decay"] = 0.9
+    result = cli("fit", "--ckpt_path", save(content), *SHORT, "--trainer.max_epochs=2", f"--run_dir={tmp_path / 'run'}")
+    refused(result, "averaged weights", "initial_weights")
 
 
 @pytest.mark.parametrize("how", ["flag", "config"])
@@ -554,6 +639,8 @@ MISSHAPEN = {
         "position is not",
     ),
     "averages of nothing": ({"current_model_state": 3}, "current_model_state"),
+    "averages that are no numbers": ({"averaging_state": {"n_averaged": 3}}, "averaging_state"),
+    "averages that are a text": ({"averaging_state": "q"}, "averaging_state"),
     "averages of numbers": ({"current_model_state": {"a": 3}}, "current_model_state"),
 }
 

@@ -11,9 +11,11 @@ import os
 import re
 import sys
 import sysconfig
+import unicodedata
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -22,10 +24,12 @@ from mmap import ACCESS_READ, mmap
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin
 
 import torch
 from jsonargparse import ArgumentError
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from torch import Tensor
 
 from awconv.errors import InputError
@@ -240,6 +244,9 @@ def what_no_run_writes(content: dict[Any, Any]) -> str:
     averaged = content.get("current_model_state", {})
     if not isinstance(averaged, dict) or not all(isinstance(value, Tensor) for value in averaged.values()):
         return "current_model_state holds something else than tensors"
+    average = content.get("averaging_state", {})
+    if not isinstance(average, dict) or not all(isinstance(value, Tensor) for value in average.values()):
+        return "averaging_state holds something else than tensors"
     return ""
 
 
@@ -426,6 +433,7 @@ def make_harmless(
     named: str,
     how_to_trust: str,
     typed: Collection[str] = (),
+    instead: Collection[str] = (),
 ) -> None:
     """Takes out of a task's or data module's arguments what a file that may be anyone's must not decide.
 
@@ -438,6 +446,7 @@ def make_harmless(
         named: What named the file, for messages.
         how_to_trust: What the user gives to trust the file.
         typed: Texts that the user has given.
+        instead: Names of classes that the user has given, which may take the arguments over.
 
     Raises:
         InputError: If they name code from elsewhere, or a folder of another machine.
@@ -445,80 +454,134 @@ def make_harmless(
     remedy = f"where you trust the file, give {how_to_trust}"
     # on Windows, to look there hands over the user's name and the hash of the password
     remote = ("\\\\", "//", "\\/", "/\\") if sys.platform == "win32" else ("\\\\",)
-    for name, value in arguments.items():
-        for text in _texts(value):
-            if name not in _NEVER_IMPORTED and text.startswith(remote) and text not in typed:
-                raise InputError(f"{named} names {text[:200]}, a folder of another machine; {remedy}")
-    if foreign := foreign_code(kind, arguments, typed):
+    for text in _texts({name: value for name, value in arguments.items() if name not in _NEVER_IMPORTED}):
+        if text.startswith(remote) and text not in typed:
+            raise InputError(f"{named} names {text[:200]}, a folder of another machine; {remedy}")
+    if foreign := foreign_code(kind, arguments, typed, instead):
         raise InputError(
             f"{named} names {foreign[:200]}, which is neither of awconv nor beside the script that runs, and is not "
             f"imported; {remedy}"
         )
-    if "download" in arguments:
-        arguments["download"] = False  # into a folder that the file names
-    if "initial_weights" in arguments:
-        arguments["initial_weights"] = None  # they are in the checkpoint, and would be fetched
-    for name, most in (("num_workers", os.cpu_count() or 1), ("max_image_pixels", MAX_IMAGE_PIXELS)):
-        number = arguments.get(name)
-        if isinstance(number, int | float) and not number <= most:
-            arguments[name] = most
-        elif isinstance(number, str):  # of which the parser makes a number
-            del arguments[name]
+    for options in (arguments, *_arguments_within(arguments)):
+        if "download" in options:
+            options["download"] = False  # into a folder that the file names
+        if "initial_weights" in options:
+            options["initial_weights"] = None  # they are in the checkpoint, and would be fetched
+        for name, most in (("num_workers", os.cpu_count() or 1), ("max_image_pixels", MAX_IMAGE_PIXELS)):
+            number = options.get(name)
+            if isinstance(number, int | float) and not number <= most:
+                options[name] = most
+            elif isinstance(number, str):  # of which the parser makes a number
+                del options[name]
 
 
-def foreign_code(kind: type | str, arguments: Mapping[str, Any], typed: Collection[str] = ()) -> str | None:
+def _arguments_within(value: Any) -> Iterator[dict[str, Any]]:
+    """Yields the arguments of the classes that are named within."""
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            yield from (value[name] for name in ("init_args", "dict_kwargs") if isinstance(value.get(name), dict))
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _arguments_within(inner)
+
+
+def foreign_code(
+    kind: type | str, arguments: Mapping[str, Any], typed: Collection[str] = (), instead: Collection[str] = ()
+) -> str | None:
     """Finds what would be imported for a class and its arguments that is neither this project's nor beside the script.
 
     Args:
         kind: The class, or its dotted path.
         arguments: Its arguments by name.
-        typed: Dotted paths that the user has given.
+        typed: Texts that the user has given.
+        instead: Names of classes that the user has given, which may take the arguments over.
 
     Returns:
-        The dotted path of a class or function from elsewhere; None if there is none.
+        The dotted path of a class or function from elsewhere, or the text that may name one; None if there is none.
     """
-    for path in _class_paths([{"class_path": kind}, arguments]):
-        if path not in typed and not _is_believed(path):
-            return path
-    hints = _hints(_resolve(kind) if isinstance(kind, str) else kind)
-    for name, value in arguments.items():
-        # a text names a class or a function where the argument takes one
-        if name.startswith("_") or name in _NEVER_IMPORTED or not _takes_code(hints.get(name, type)):
-            continue
-        for text in _texts(value):
-            if text not in typed and not _is_harmless(text):
-                return text
+    if isinstance(kind, str) and kind not in typed and not _is_believed(kind):
+        return kind
+    # what the class itself does not know may be anything; what another one does not know it is not given
+    judges: list[tuple[dict[str, Any], Any]] = [(_hints(_resolve(kind) if isinstance(kind, str) else kind), type)]
+    judges += [(_hints(cls), Any) for cls in _classes(instead)]
+    for hints, unknown in judges:
+        for name, value in arguments.items():
+            if name in (*_NEVER_IMPORTED, "_class_path"):
+                continue
+            if foreign := _foreign(value, hints.get(name, unknown), typed, instead):
+                return foreign
     return None
+
+
+def _foreign(value: Any, hint: Any, typed: Collection[str], instead: Collection[str]) -> str | None:
+    """Finds in the value of an argument of that type what would be imported and is from elsewhere."""
+    if isinstance(value, Mapping) and isinstance(path := value.get("class_path"), str):
+        given = [value.get("init_args") or {}, value.get("dict_kwargs") or {}]
+        if not all(map(_is_by_name, given)) or (path not in typed and not _is_believed(path)):
+            return path
+        if _takes_code(hint):
+            return next((found for part in given if (found := foreign_code(path, part, typed, instead))), None)
+        value, hint = given, type  # data, unless the user gives another class there
+    if isinstance(value, Mapping | list | tuple):
+        inner = value.values() if isinstance(value, Mapping) else value
+        return next((found for item in inner if (found := _foreign(item, hint, typed, instead))), None)
+    if isinstance(value, str) and _takes_code(hint) and value not in typed and not _is_harmless(value, hint):
+        return value
+    return None
+
+
+def _classes(names: Collection[str]) -> list[type]:
+    """The classes of those names, which may be dotted paths or, of what has been imported, names alone."""
+    known = {name for name in names if "." not in name}
+    found = [_resolve(name) for name in names if name not in known]
+    return [cls for cls in found if isinstance(cls, type)] + [c for c in _heirs(object) if c.__name__ in known]
+
+
+def _heirs(cls: type) -> Iterator[type]:
+    heir: type
+    for heir in type.__subclasses__(cls):
+        yield heir
+        if heir is not type:
+            yield from _heirs(heir)
 
 
 # neither a mapping nor a list in YAML, whose parsers differ in what they let pass, nor an address, nor a home folder
 _WORDS = re.compile(r"(?!\s*-)[\w .,/\\()+=<>%-]*")
 
 
-def _is_harmless(text: str) -> bool:
-    """Whether a text names nothing that would be imported or read from a file or an address, or what is ours."""
+def _is_harmless(text: str, hint: Any) -> bool:
+    """Whether a text names nothing that would be imported or read from a file or an address, or what is ours.
+
+    Args:
+        text: The text.
+        hint: The type of the argument, which may take a class or a function.
+    """
     try:
         if not _WORDS.fullmatch(text) or (text.strip() and Path(text).exists()):
             return False
     except (OSError, ValueError):
         return False
-    root = text.partition(".")[0]
-    if "." not in text or not all(map(str.isidentifier, text.split("."))) or _spec(root) is None:
-        return True
-    return _is_ours(root) and _has(text) and _is_defined_by_us(_resolve(text, load=root == "awconv"))
+    kinds = list(_parts(hint))
+    # where types are expressions, spaces around dots mean nothing, and letters are taken for those that look alike
+    text = re.sub(r"\s*\.\s*", ".", f"{text} {unicodedata.normalize('NFKC', text)}")
+    for word in re.findall(r"\w+(?:\.\w+)*", text):
+        root = word.partition(".")[0]
+        if "." in word or ModuleType in kinds:
+            is_there = _spec(root) is not None
+            if is_there and not (_is_ours(root) and _has(word) and _is_defined_by_us(_resolve(word, root == "awconv"))):
+                return False
+        elif any(cls.__name__ == word and not _is_defined_by_us(cls) for cls in _classes_of(kinds)):
+            return False
+    return True
 
 
-def _class_paths(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key in ("class_path", "_class_path") and isinstance(inner, str):
-                if "." in inner:  # others are looked for among what has been imported
-                    yield inner
-            else:
-                yield from _class_paths(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _class_paths(inner)
+def _classes_of(kinds: list[Any]) -> Iterator[type]:
+    """The classes that a word may stand for, where an argument takes one of those kinds."""
+    for kind in kinds:
+        if isinstance(kind, type) and kind is not type and kind not in _PLAIN:
+            yield kind
+            yield from _heirs(kind)
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -530,34 +593,41 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _hints(cls: Any) -> dict[str, Any]:
-    """The types of the arguments of a class, its ancestors' among them, to which it may pass them on."""
+    """The types of the arguments of a class as the parser finds them, those that it passes on among them."""
     hints: dict[str, Any] = {}
-    for ancestor in reversed(getattr(cls, "__mro__", ())):
-        init = vars(ancestor).get("__init__")
-        names = inspect.signature(init).parameters if inspect.isfunction(init) else {}
-        try:
-            hints |= {**dict.fromkeys(names, Any), **(get_type_hints(init) if names else {})}
-        except Exception:  # an annotation that names what is not there: it may mean anything
-            hints |= dict.fromkeys(names, type)
+    with suppress(Exception):  # what is not found may be anything
+        for found in get_signature_parameters(cls, logger=False):
+            hint = found.annotation
+            if hint is inspect.Parameter.empty:  # then it is of the type of its default
+                is_plain = isinstance(found.default, _PRIMITIVES) or found.default in ([], {}, (), hint)
+                hint = Any if is_plain else type(found.default)
+            hints |= dict.fromkeys((found.name, *(found.aliases or ())), hint)
     return hints
 
 
 _PLAIN = (str, int, float, bool, bytes, type(None), Any, object, Path, PathLike, dict, list, tuple, set)
 
 
-def _takes_code(hint: Any) -> bool:
-    """Whether an argument of that type may be a class, a function, or an object that a class is named for."""
+def _parts(hint: Any) -> Iterator[Any]:
+    """Yields the types that a type is made of. A literal is made of none."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return False
-    if inner and origin is not type and origin is not Callable:
-        return any(_takes_code(part) for part in inner if part is not ...)
-    return hint not in _PLAIN
+        return
+    if not inner or origin is type or origin is Callable:
+        yield hint
+    for part in inner:
+        if part is not ... and not isinstance(part, list):
+            yield from _parts(part)
+
+
+def _takes_code(hint: Any) -> bool:
+    """Whether an argument of that type may be a class, a function, or an object that a class is named for."""
+    return any(part not in _PLAIN for part in _parts(hint))
 
 
 def _is_believed(name: str) -> bool:
     """Whether the dotted path of a class leads to what this project, or a module beside the script, defines itself."""
-    return _is_ours(name.partition(".")[0]) and _has(name) and _is_defined_by_us(_resolve(name))
+    return "." in name and _is_ours(name.partition(".")[0]) and _has(name) and _is_defined_by_us(_resolve(name))
 
 
 def _is_defined_by_us(found: Any) -> bool:
@@ -570,8 +640,8 @@ def _is_defined_by_us(found: Any) -> bool:
 
 def _has(name: str) -> bool:
     """Whether a single file has what is named in it, as far as can be seen without running it: it may be a script."""
-    root, first, *others = name.split(".")
-    if "__main__" in (first, *others):  # which runs a program
+    root, *others = name.split(".")
+    if "__main__" in others:  # which runs a program
         return False
     spec = _spec(root)
     if root in sys.modules or spec is None or spec.submodule_search_locations is not None:
@@ -582,7 +652,7 @@ def _has(name: str) -> bool:
         return False
     names = {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     names |= {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    return first in names
+    return bool(others) and others[0] in names
 
 
 def _resolve(name: str, load: bool = True) -> Any:

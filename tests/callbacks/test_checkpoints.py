@@ -178,6 +178,15 @@ def test_best_ckpt_holds_the_best_validation(tmp_path_factory, data):
     assert_holds(folder, best, best_of([*seen, *resumed.seen], better), weights)
 
 
+def test_a_run_that_is_over_takes_its_best_along(tmp_path):
+    module = Scripted([1.0, 0.5, 0.0, *[0.75] * 14], "val/loss")
+    run(module, tmp_path / "run", "val/loss")
+    again = Scripted([0.0] * 17, "val/loss")
+    best = run(again, tmp_path / "again", "val/loss", tmp_path / "run/last.ckpt")
+    assert again.seen == []
+    assert_holds(tmp_path / "again", best, best_of(module.seen, "min"), compare_weights=True)
+
+
 @pytest.mark.parametrize(
     ("metric", "better"),
     [

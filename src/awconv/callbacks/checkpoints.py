@@ -116,6 +116,13 @@ class BestCheckpoint(ModelCheckpoint):
         """Refuses checkpoints of another run where the strategy restores only now; takes over the file of the best."""
         super().on_train_start(trainer, pl_module)
         self._refuse_those_of_another_run()
+        self._take_over_the_best()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes over the file of the best of a run that was over, of which nothing more is trained."""
+        self._take_over_the_best()
+
+    def _take_over_the_best(self) -> None:
         if self._to_copy is not None:  # not before the whole of the checkpoint was found to fit
             _copy(str(self._to_copy), self.best_model_path)
             self._to_copy = None

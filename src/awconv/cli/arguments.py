@@ -2,15 +2,20 @@
 
 import difflib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import reduce
 from importlib.resources import files
+from itertools import zip_longest
 from operator import or_
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin
+
+import yaml
 
 from awconv import config_text
 from awconv.callbacks import BestCheckpoint
@@ -127,6 +132,27 @@ class _Typed(NamedTuple):
         for flag in self.flags:
             yield flag.partition("=")[2] or flag
 
+    def classes(self) -> Iterator[str]:
+        """The classes that were typed: all that are called so, and the model and the data."""
+        for section in ("model", "data"):
+            yield from (config[section] for config in self.configs if isinstance(config.get(section), str))
+        yield from _class_paths(self.configs)
+        for flag, following in zip_longest(self.flags, self.flags[1:], fillvalue=""):
+            name, _, value = flag.partition("=")
+            if name in ("--model", "--data") or name.endswith("class_path"):
+                yield value or following
+            with suppress(yaml.YAMLError):
+                yield from _class_paths(config_text.load(value or flag))
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from (inner for key, inner in value.items() if key == "class_path" and isinstance(inner, str))
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from _class_paths(inner)
+
 
 def _names_a_class(config: dict[str, Any]) -> bool:
     # overlays alone go on top of the embedded default
@@ -242,13 +268,15 @@ def _checkpoint_config(path: Path, subcommand: str, typed: _Typed) -> str | None
         if "initial_weights" in model:
             model["initial_weights"] = None  # they are in the checkpoint
     if not typed.believed:
-        named, texts = f"ckpt_path={str(path)!r}: its config", set(typed.texts())
+        named, trust = f"ckpt_path={str(path)!r}: its config", "--trust_checkpoint_config true"
+        texts, classes = set(typed.texts()), set(typed.classes())
         for section, arguments in ((name, part) for name, both in parts.items() for part in both):
-            make_harmless(config[section]["class_path"], arguments, named, "--trust_checkpoint_config true", texts)
+            make_harmless(config[section]["class_path"], arguments, named, trust, texts, classes)
     for data in parts["data"]:
         for name in {"class_names", "category_ids"} & data.keys():
             # the classes that the network knows: pictures can be predicted where the data set itself is not
-            data[name] = checkpoint.get("hyper_parameters", {}).get(name)
+            known = checkpoint.get("hyper_parameters", {}).get(name)
+            data[name] = known if isinstance(known, list) else None  # a text may name a file
     return config_text.dump(config)
 
 
@@ -272,6 +300,9 @@ def _without_what_acts(config: dict[str, Any], path: Path, typed: _Typed) -> dic
         for name, value in trainer.items()
         if name not in _ACTING and all(isinstance(leaf, _NUMBERS) or _WORD.fullmatch(leaf) for leaf in _leaves(value))
     }
+    for name in ("devices", "num_nodes"):  # as many processes
+        if (number := str(kept.get(name))).isdecimal() and int(number) > (os.cpu_count() or 1):
+            del kept[name]
     sections = {name: config[name] for name in _SECTIONS if name in config}
     for name in ("checkpoint", "last_checkpoint"):
         options = sections.get(name) or {}
@@ -321,7 +352,7 @@ def _keep_what_was_found(config: dict[str, Any], checkpoint: Mapping[str, Any]) 
             init_args = options.get("init_args")
             argument = str(init_args.get(option) or usual if isinstance(init_args, dict) else usual)
             found = checkpoint.get(source, {}).get(argument)
-            if is_number(found):
+            if is_number(found) and argument.isidentifier():
                 arguments = config[section].get("init_args") or {}
                 config[section]["init_args"] = {**arguments, argument: found}
                 print(f"{section}.{argument}={found:.6g}, as {name} found it when the run began", file=sys.stderr)

@@ -488,4 +488,11 @@ class _WeightAverage(WeightAveraging):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            try:
+                super().on_load_checkpoint(trainer, pl_module, checkpoint)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise InputError(
+                    "the averaged weights in the checkpoint are not those of this network "
+                    f"({str(error).strip().splitlines()[-1].strip()[:200]}); start from its weights with "
+                    "--model.initial_weights"
+                ) from error
