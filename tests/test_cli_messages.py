@@ -3,9 +3,13 @@
 import errno
 import multiprocessing
 import os
+import signal
+import time
 from multiprocessing import synchronize
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -331,6 +335,34 @@ def test_how_a_worker_ended_that_only_its_process_tells(exitcode, is_told):
     with pytest.raises(RuntimeError) as caught:
         data_of_dead_workers([SimpleNamespace(exitcode=exitcode)])
     assert ("num_workers" in (bad_input(caught.value) or "")) == is_told
+
+
+class Loader:
+    """Fetches a batch, as a data loader does that has not noticed yet how its worker ended."""
+
+    def __init__(self, end: int) -> None:
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        worker = multiprocessing.get_context("fork").Process(target=self.work, args=(sender,))
+        worker.start()
+        self._workers = [worker]
+        self.message = receiver.recv_bytes()
+        os.kill(worker.pid, end)
+        worker.join()
+
+    def work(self, sender: Any) -> None:
+        sender.send_bytes(ForkingPickler.dumps(torch.ones(9)))
+        time.sleep(60)
+
+    def fetch(self) -> Any:
+        return ForkingPickler.loads(self.message)
+
+
+@pytest.mark.parametrize(("end", "is_told"), [(signal.SIGKILL, True), (signal.SIGTERM, True), (signal.SIGSEGV, False)])
+def test_a_batch_of_a_worker_that_is_gone(end, is_told):
+    loader = Loader(end)
+    with pytest.raises((OSError, EOFError)) as caught:
+        loader.fetch()
+    assert ("a process that loads data was killed" in (bad_input(caught.value) or "")) == is_told
 
 
 @pytest.mark.parametrize("ask", [lambda: np.arange(0, 1e30), lambda: torch.empty(2**62, 4)], ids=["numpy", "torch"])

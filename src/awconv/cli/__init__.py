@@ -70,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         if said := bad_input(error):
             fail(said)
-        if PEER_IS_GONE.search(str(error)):
+        if isinstance(error, RuntimeError) and PEER_IS_GONE.search(str(error)):
             rank = os.environ.get("LOCAL_RANK", "0")
             print(f"process {rank} stops: another process ended, and has said why", file=sys.stderr)
             sys.exit(1)

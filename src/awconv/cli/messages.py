@@ -259,12 +259,20 @@ _EXHAUSTED = {
 
 def _exhausted(error: BaseException, text: str) -> str | None:
     """What the machine or the job has too little of."""
-    if not isinstance(error, OSError | RuntimeError):
+    if not isinstance(error, OSError | RuntimeError | EOFError):
         return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     # "(pid(s) 12) exited unexpectedly" is said of workers that were killed, and of those that ended by themselves
     if any(worker.exitcode in (-9, -15) for frame in frames for worker in frame.f_locals.get("failed_workers", ())):
         text += " (signal: Killed)"
+    if any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame in frames):
+        # a tensor that the worker had sent is fetched from it, and it may have gone before the loader noticed
+        for loader in (frame.f_locals.get("self") for frame in frames):
+            for worker in getattr(loader, "_workers", ()):
+                with suppress(RuntimeError):  # torch says it as well, wherever the process is when it hears of it
+                    worker.join(1)
+                if worker.exitcode in (-9, -15):
+                    text = f"DataLoader worker (pid {worker.pid}) is killed by signal: Killed"
     if getattr(error, "errno", None) == errno.ENOSPC:
         # the semaphores of the queues to workers lie there too, and have no name that the error could give
         modules = [frame.f_globals.get("__name__", "") for frame in frames]
