@@ -241,12 +241,10 @@ def what_no_run_writes(content: dict[Any, Any]) -> str:
     # only the number of batches may be infinite
     if position and (not all(isinstance(n, int | float) and n >= 0 for n in numbers) or math.inf in numbers[::2]):
         return "position is not that of a run"
-    averaged = content.get("current_model_state", {})
-    if not isinstance(averaged, dict) or not all(isinstance(value, Tensor) for value in averaged.values()):
-        return "current_model_state holds something else than tensors"
-    average = content.get("averaging_state", {})
-    if not isinstance(average, dict) or not all(isinstance(value, Tensor) for value in average.values()):
-        return "averaging_state holds something else than tensors"
+    for name in ("current_model_state", "averaging_state"):
+        averaged = content.get(name, {})
+        if not isinstance(averaged, dict) or not all(isinstance(value, Tensor) for value in averaged.values()):
+            return f"{name} holds something else than tensors"
     return ""
 
 
@@ -535,15 +533,16 @@ def _classes(names: Collection[str]) -> list[type]:
     """The classes of those names, which may be dotted paths or, of what has been imported, names alone."""
     known = {name for name in names if "." not in name}
     found = [_resolve(name) for name in names if name not in known]
-    return [cls for cls in found if isinstance(cls, type)] + [c for c in _heirs(object) if c.__name__ in known]
+    return [cls for cls in found if isinstance(cls, type)] + [c for c in heirs(object) if c.__name__ in known]
 
 
-def _heirs(cls: type) -> Iterator[type]:
+def heirs(cls: type) -> Iterator[type]:
+    """Yields the classes that have been made of a class, and of those, some of them more than once."""
     heir: type
     for heir in type.__subclasses__(cls):
         yield heir
         if heir is not type:
-            yield from _heirs(heir)
+            yield from heirs(heir)
 
 
 # neither a mapping nor a list in YAML, whose parsers differ in what they let pass, nor an address, nor a home folder
@@ -581,7 +580,7 @@ def _classes_of(kinds: list[Any]) -> Iterator[type]:
     for kind in kinds:
         if isinstance(kind, type) and kind is not type and kind not in _PLAIN:
             yield kind
-            yield from _heirs(kind)
+            yield from heirs(kind)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -587,11 +587,13 @@ def test_a_fork_with_an_optimiser_of_its_own_resumes(tmp_path, kind):
     torch.testing.assert_close(resumed.weights, whole.weights[10:], rtol=0, atol=0)
 
 
-OPTIMIZERS = ["sgd", "adam", "adamw", "nadam", "radam", "adamax", "adagrad", "adadelta", "rmsprop", "rprop", "asgd"]
-OPTIMIZERS.append("adafactor")
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("sgd", "adam", "adamw", "nadam", "radam", "adamax"),
+        *("adagrad", "adadelta", "rmsprop", "rprop", "asgd", "adafactor"),
+    ],
+)
 def test_any_optimiser_resumes(tmp_path, name):
     order, _ = resumed_optimizer(tmp_path, {"optimizer": name}, {"optimizer": name})
     assert len(order.weights) == 10

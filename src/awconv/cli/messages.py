@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import awconv.data
 import awconv.tasks
 from awconv import config_text
+from awconv.checkpoint import heirs
 from awconv.cli.arguments import LINKED, SUBCOMMANDS
 from awconv.cli.checks import has_foreign_frames
 from awconv.errors import InputError, printable
@@ -155,12 +156,7 @@ _HOW_TO_GIVE = {
 
 def _classes_for(section: str) -> list[type]:
     """Lists the task or data module classes that can be named, this project's and those of imported forks."""
-    found: set[type] = set()
-    queue: list[type] = [L.LightningModule if section == "model" else L.LightningDataModule]
-    while queue:
-        subclasses: list[type] = queue.pop().__subclasses__()
-        queue += subclasses
-        found.update(subclasses)
+    found = set(heirs(L.LightningModule if section == "model" else L.LightningDataModule))
     found = {cls for cls in found - set(_BASES) if not cls.__module__.startswith(("lightning.", "torchmetrics."))}
     return sorted(found, key=lambda cls: cls.__name__)
 

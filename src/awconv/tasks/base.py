@@ -320,11 +320,7 @@ class BaseTask(ChecksCheckpoint, L.LightningModule):
             return
         if "state_dict" in checkpoint:  # a strategy that shards has taken it out, and loaded it
             self._require_fit(checkpoint["state_dict"])  # the cause, where the optimiser's state is but a symptom
-        own = type(self)
-        if (own.configure_optimizers, own._build_optimizer) != (
-            BaseTask.configure_optimizers,
-            BaseTask._build_optimizer,
-        ):
+        if any(getattr(type(self), name) is not getattr(BaseTask, name) for name in _BUILDS_THE_OPTIMIZER):
             self._resumed_from = checkpoint.get("position")  # of optimisers of its own nothing is known
             return
         now = self.hparams
